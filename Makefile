@@ -1,0 +1,40 @@
+# Every task of the project. `make` alone lists them.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+DEMO := out/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint train-demo-model clean
+
+help: ## list the tasks
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+
+setup: $(READY) ## make .venv with exact versions (constraints.txt)
+
+$(READY): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: setup ## build a bundle of the demo model into out/demo and generate pictures with it, offline
+	$(BIN)/python -m tools.demo $(DEMO)
+
+lint: setup ## ruff, format, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint ## everything a reviewer would check; .ci/run calls exactly this
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint ## the same with the slow tests
+	$(BIN)/pytest
+
+train-demo-model: setup ## train, package and judge the demo model (hours on a CPU)
+	$(BIN)/python -m tools.train_demo_model
+
+clean: ## remove the environment and everything made
+	rm -rf $(VENV) out .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,324 @@
+"""`cq-edge generate`: pictures from a bundle, offline."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from apps.pictures import check_writable, output_paths, side_by_side, write_png
+from apps.plan_option import PLAN_HELP, choose_schedule
+from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.errors import BundleError
+from cq_edge.noise_scheduler import NAMES, NoiseScheduler, make_noise_scheduler
+from cq_edge.reuse_table import ReuseTable
+from runtime.bundle import Bundle, open_bundle
+from runtime.denoise import Guidance, StepRecord, denoise
+from runtime.engine import Engine
+from runtime.executorch_engine import ExecuTorchEngine
+from runtime.generate import decode_latents, encode_prompt, initial_latents
+from runtime.tokenizer import without_surrogates
+
+ENGINES: dict[str, Callable[[Bundle, int | None], Engine]] = {"xnnpack": ExecuTorchEngine}
+
+_LONGEST_QUOTE = 200  # characters of a cut prompt that a warning shows
+_WARM_UP_STEPS = 3
+
+_DESCRIPTION = """\
+Makes pictures of prompts with a bundle that `cq-edge build` made. Nothing is fetched: the
+bundle holds all it needs. The same command gives the same files, byte for byte."""
+
+_EXAMPLES = """\
+examples:
+  cq-edge generate demo "a large red star on a blue striped background"
+  cq-edge generate demo "a small green ring" --seed 7 --num-images 4 -o rings/
+  cq-edge generate demo "a white cross" --plan full            every step runs the full graph
+  cq-edge generate demo "a white cross" --plan full-steps:10   the 10 best places for it
+  cq-edge generate demo "a white cross" --compare-full         how much time, which picture?"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Recipe:
+    """How every picture of one command is made."""
+
+    noise_scheduler: NoiseScheduler
+    cache_schedule: CacheSchedule
+    reuse_table: ReuseTable | None  # None where no step is shallow
+    guidance_scale: float
+    negative_prompt: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One picture to make."""
+
+    prompt: str
+    seed: int
+    path: Path
+    beside_path: Path | None  # for the comparison with the full graph, if asked for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `cq-edge generate`."""
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    add = parser.add_argument
+    add("bundle", type=Path, metavar="BUNDLE", help="a folder that `cq-edge build` made")
+    add("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to draw away from")
+    add("--steps", type=int, metavar="N", help="sampler steps (default: the bundle's)")
+    add(
+        "--guidance-scale",
+        type=float,
+        metavar="X",
+        help="how strictly to follow the prompt; 1 is unguided and takes half the time "
+        "(default: the bundle's)",
+    )
+    add("--seed", type=_at_least(0), default=0, metavar="N", help="of the first picture of each "
+        "prompt; the next ones count up (default: 0)")  # fmt: skip
+    add("--num-images", type=_at_least(1), default=1, metavar="N", help="pictures per prompt")
+    add("--scheduler", choices=NAMES, help="the noise scheduler (default: the bundle's)")
+    add(
+        "--plan",
+        help=f"which steps run the full graph: {PLAN_HELP} (default: full-steps:N with the "
+        "bundle's N, in proportion to --steps)",
+    )
+    add("-o", "--output", type=Path, metavar="PATH", help="a .png file, or a folder (default: a "
+        "name made of the prompt, here)")  # fmt: skip
+    add("--force", action="store_true", help="replace files that exist")
+    add("--threads", type=_at_least(1), metavar="N", help="(default: one per core)")
+    add("--compare-full", action="store_true", help="also run the full graph at every step from "
+        "the same seed; show both times, and both pictures side by side")  # fmt: skip
+    add("--json", action="store_true", help="print one line of JSON, times in milliseconds over "
+        "all pictures")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Makes the pictures and returns the exit code 0.
+
+    Raises:
+        CQEdgeError: Nothing, or not everything, could be made; no file is half written.
+    """
+    start = perf_counter()
+    bundle = open_bundle(args.bundle)
+    recipe = _recipe(bundle, args)
+    jobs = _jobs(args)
+    paths = [path for job in jobs for path in (job.path, job.beside_path) if path is not None]
+    check_writable(paths, force=args.force)
+    engine = _engine(bundle, args.threads)
+    guidance = _encode(engine, bundle, recipe, args.prompts)
+    done = [_make(engine, bundle, recipe, guidance[job.prompt], job) for job in jobs]
+    total_ms = (perf_counter() - start) * 1e3
+    _report(args, recipe, jobs, done, total_ms)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What one picture took, in milliseconds of the denoising loop."""
+
+    denoise_ms: float
+    full_ms: float | None  # with the full graph at every step, if asked for
+
+
+def _recipe(bundle: Bundle, args: argparse.Namespace) -> _Recipe:
+    defaults = bundle.manifest.defaults
+    name = defaults.noise_scheduler if args.scheduler is None else args.scheduler
+    steps = defaults.steps if args.steps is None else args.steps
+    scale = defaults.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    noise_scheduler = make_noise_scheduler(name, steps, bundle.manifest.noise_schedule)
+
+    def reuse_table() -> ReuseTable:
+        try:
+            return bundle.reuse_table(name, steps)
+        except BundleError as error:
+            raise BundleError(f"{error} (--plan full)") from error
+
+    plan = args.plan
+    if plan is None:
+        plan = f"full-steps:{max(1, round(defaults.full_steps * steps / defaults.steps))}"
+    schedule = choose_schedule(plan, len(noise_scheduler.timesteps), reuse_table)
+    table = reuse_table() if Mode.SHALLOW in schedule.modes else None
+    return _Recipe(noise_scheduler, schedule, table, scale, args.negative_prompt)
+
+
+def _jobs(args: argparse.Namespace) -> list[_Job]:
+    asked = [(p, args.seed + i) for p in args.prompts for i in range(args.num_images)]
+    paths = output_paths(args.output, [without_surrogates(prompt) for prompt, _ in asked])
+    return [
+        _Job(
+            prompt,
+            seed,
+            path,
+            path.with_name(f"{path.stem}-beside-full.png") if args.compare_full else None,
+        )
+        for (prompt, seed), path in zip(asked, paths, strict=True)
+    ]
+
+
+def _engine(bundle: Bundle, threads: int | None) -> Engine:
+    backend = bundle.manifest.graph("denoise").backend
+    if backend not in ENGINES:
+        known = ", ".join(ENGINES)
+        raise BundleError(f"{bundle.folder} is for {backend!r}: this cq-edge runs {known}")
+    return ENGINES[backend](bundle, threads)
+
+
+def _encode(
+    engine: Engine, bundle: Bundle, recipe: _Recipe, prompts: list[str]
+) -> dict[str, Guidance]:
+    """Returns each prompt's guidance, and warns of what did not fit."""
+    tokenizer = bundle.tokenizer()
+
+    def embeddings(text: str, name: str) -> NDArray[np.float32]:
+        found, cut = encode_prompt(engine, tokenizer, text)
+        if cut:
+            length = bundle.manifest.tokenizer.max_length
+            _warn(f"the {name} is longer than {length} tokens; this was cut: {_quote(cut)}")
+        return found
+
+    scale, negative = recipe.guidance_scale, None
+    if scale != 1:
+        negative = embeddings(recipe.negative_prompt, "negative prompt")
+    guidance = {p: Guidance(embeddings(p, "prompt"), negative, scale) for p in prompts}
+    engine.unload("encode")
+    return guidance
+
+
+def _make(engine: Engine, bundle: Bundle, recipe: _Recipe, guidance: Guidance, job: _Job) -> _Done:
+    """Makes and writes one picture, and the comparison if it is asked for."""
+    if job.beside_path is not None:
+        # the first runs of a graph are slower: they shall not count for either side
+        for _ in islice(_loop(engine, bundle, recipe, guidance, job.seed), _WARM_UP_STEPS):
+            pass
+    picture, denoise_ms = _draw(engine, bundle, recipe, guidance, job.seed, job.path.stem)
+    parameters, record = _parameters(bundle, recipe, job), _record(bundle, recipe, job)
+    write_png(picture, job.path, parameters, record)
+    if job.beside_path is None:
+        return _Done(denoise_ms, None)
+    total_steps = len(recipe.cache_schedule.modes)
+    full = replace(recipe, cache_schedule=CacheSchedule.all_full(total_steps), reuse_table=None)
+    title = f"{job.path.stem}, every step full"
+    full_picture, full_ms = _draw(engine, bundle, full, guidance, job.seed, title)
+    write_png(side_by_side(picture, full_picture), job.beside_path, parameters, record)
+    return _Done(denoise_ms, full_ms)
+
+
+def _loop(
+    engine: Engine, bundle: Bundle, recipe: _Recipe, guidance: Guidance, seed: int
+) -> Iterator[StepRecord]:
+    size = bundle.manifest.latents
+    noise_scheduler = recipe.noise_scheduler
+    shape = (size.channels, size.height, size.width)
+    latents = initial_latents(shape, seed, noise_scheduler.init_noise_sigma)
+    schedule, table = recipe.cache_schedule, recipe.reuse_table
+    return denoise(engine, noise_scheduler, schedule, latents, guidance, table)
+
+
+def _draw(
+    engine: Engine, bundle: Bundle, recipe: _Recipe, guidance: Guidance, seed: int, title: str
+) -> tuple[NDArray[np.uint8], float]:
+    """Returns a picture and the milliseconds of its loop."""
+    records = _loop(engine, bundle, recipe, guidance, seed)
+    elapsed_ms, latents = 0.0, None
+    for record in tqdm(records, title, len(recipe.cache_schedule.modes), unit="step"):
+        elapsed_ms, latents = elapsed_ms + record.elapsed_ms, record.latents
+    if latents is None or not np.isfinite(latents).all():
+        raise BundleError(
+            f"seed {seed}: the loop's latents are not finite numbers: the guidance scale "
+            f"({recipe.guidance_scale:g}) is too large, or the bundle's graphs are broken"
+        )
+    return decode_latents(engine, latents), elapsed_ms
+
+
+def _record(bundle: Bundle, recipe: _Recipe, job: _Job) -> dict[str, object]:
+    """Returns all that decides the picture, and nothing that changes from run to run."""
+    return {
+        "prompt": job.prompt,
+        "negative_prompt": recipe.negative_prompt,
+        "seed": job.seed,
+        "steps": recipe.noise_scheduler.steps,
+        "guidance_scale": recipe.guidance_scale,
+        "noise_scheduler": recipe.noise_scheduler.name,
+        "plan": recipe.cache_schedule.to_string(),
+        "bundle": bundle.manifest.name,
+        "cq_edge_version": bundle.manifest.cq_edge_version,
+    }
+
+
+def _parameters(bundle: Bundle, recipe: _Recipe, job: _Job) -> str:
+    """Returns the same for people, in the form that picture viewers of the field read."""
+    negative, size = recipe.negative_prompt, bundle.manifest.image_px
+    lines = [job.prompt, *([f"Negative prompt: {negative}"] if negative else [])]
+    lines.append(
+        f"Steps: {recipe.noise_scheduler.steps}, Sampler: {recipe.noise_scheduler.name}, "
+        f"CFG scale: {recipe.guidance_scale:g}, Seed: {job.seed}, "
+        f"Size: {size.width}x{size.height}, Model: {bundle.manifest.name}, "
+        f"Plan: {recipe.cache_schedule.to_string()}"
+    )
+    return without_surrogates("\n".join(lines))
+
+
+def _report(
+    args: argparse.Namespace, recipe: _Recipe, jobs: list[_Job], done: list[_Done], total_ms: float
+) -> None:
+    counts = recipe.cache_schedule.counts
+    ours_ms = sum(each.denoise_ms for each in done)
+    full_ms = sum(each.full_ms for each in done if each.full_ms is not None)
+    beside = [str(job.beside_path) for job in jobs if job.beside_path is not None]
+    if not args.json:
+        plan = ", ".join(f"{count} {mode}" for mode, count in counts.items() if count)
+        print(f"plan: {plan} ({recipe.cache_schedule.to_string()})")
+        for job, each in zip(jobs, done, strict=True):
+            print(f"{job.path}  seed {job.seed}, denoised in {each.denoise_ms:.0f} ms")
+        if beside:
+            print(
+                f"denoising: {ours_ms:.0f} ms; the full graph at every step: {full_ms:.0f} ms, "
+                f"{full_ms / ours_ms:.2f} times as long"
+            )
+            print(f"side by side: {', '.join(beside)}")
+        return
+    result: dict[str, object] = {
+        "images": [str(job.path) for job in jobs],
+        "seed": args.seed,
+        "plan": counts,
+        "steps": recipe.noise_scheduler.steps,
+        "denoise_ms": round(ours_ms, 3),
+        "total_ms": round(total_ms, 3),
+    }
+    if beside:
+        result["compare_full"] = {
+            "images": beside,
+            "denoise_ms": round(full_ms, 3),
+            "speedup": round(full_ms / ours_ms, 3),
+        }
+    print(json.dumps(result))
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """Returns an argparse type: whole numbers from `least` up."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is below {least}")
+        return number
+
+    parse.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
+    return parse
+
+
+def _quote(cut: str) -> str:
+    if len(cut) <= _LONGEST_QUOTE:
+        return f'"{cut}"'
+    return f'"{cut[:_LONGEST_QUOTE]}…" ({len(cut)} characters)'
+
+
+def _warn(sentence: str) -> None:
+    print(f"cq-edge: warning: {sentence}", file=sys.stderr)

@@ -1,0 +1,112 @@
+"""Group and layer normalisation in operators that XNNPACK has.
+
+XNNPACK has neither, and its only mean is over the whole picture. The mean over a group is that
+mean, followed by a grouped 1×1 convolution that averages within each group and spreads the
+result back over the group's channels in one go; the mean over a token's channels is a linear
+layer of one output. Their constant weights depend on the widths alone, so that a file which
+stores equal data once stores them once per width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cq_edge.model.surgery import replace_modules
+
+
+class LeanGroupNorm(nn.Module):
+    """torch.nn.GroupNorm of (B, C, H, W), numerically equal to it."""
+
+    spread: Tensor
+    epsilon: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        width = norm.num_channels // norm.num_groups
+        self.groups = norm.num_groups
+        self.register_buffer(
+            "spread", torch.full((norm.num_channels, width, 1, 1), 1.0 / width), persistent=False
+        )
+        self.register_buffer(
+            "epsilon", torch.full((norm.num_channels,), norm.eps), persistent=False
+        )
+        self.weight = _as_parameter(norm.weight, (1, -1, 1, 1))
+        self.bias = _as_parameter(norm.bias, (1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised (B, C, H, W)."""
+        mean = F.conv2d(x.mean((2, 3), keepdim=True), self.spread, groups=self.groups)
+        centred = x - mean
+        power = (centred * centred).mean((2, 3), keepdim=True)
+        gain = torch.rsqrt(F.conv2d(power, self.spread, self.epsilon, groups=self.groups))
+        if self.weight is not None:
+            gain = gain * self.weight
+        scaled = centred * gain
+        return scaled if self.bias is None else scaled + self.bias
+
+
+class LeanLayerNorm(nn.Module):
+    """torch.nn.LayerNorm of (B, N, C) over C, numerically equal to it."""
+
+    average: Tensor
+    epsilon: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        (width,) = norm.normalized_shape
+        self.register_buffer("average", torch.full((1, width), 1.0 / width), persistent=False)
+        self.register_buffer("epsilon", torch.full((1,), norm.eps), persistent=False)
+        self.weight = _as_parameter(norm.weight, (-1,))
+        self.bias = _as_parameter(norm.bias, (-1,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised (B, N, C)."""
+        centred = x - F.linear(x, self.average)
+        power = F.linear(centred * centred, self.average, self.epsilon)
+        scaled = centred * torch.rsqrt(power)
+        if self.weight is not None:
+            scaled = scaled * self.weight
+        return scaled if self.bias is None else scaled + self.bias
+
+
+def rewrite_group_norms(root: nn.Module) -> int:
+    """Replaces every GroupNorm below `root` in place and returns how many there were."""
+    return replace_modules(root, nn.GroupNorm, LeanGroupNorm)
+
+
+def rewrite_layer_norms(root: nn.Module) -> int:
+    """Replaces every LayerNorm below `root` in place and returns how many there were."""
+    return replace_modules(root, nn.LayerNorm, LeanLayerNorm)
+
+
+@torch.no_grad()
+def fold_affine(norm: nn.GroupNorm | nn.LayerNorm, linears: list[nn.Linear]) -> None:
+    """Moves a normalisation's weight and bias into the linear layers that alone consume it.
+
+    W·(w⊙x + b) + c = (W·diag(w))·x + (W·b + c), computed in float64; `norm` ends without
+    weight and bias.
+    """
+    if norm.weight is None:
+        return
+    weight = norm.weight.double()
+    offset = torch.zeros_like(weight) if norm.bias is None else norm.bias.double()
+    for linear in linears:
+        matrix = linear.weight.double()
+        moved = matrix @ offset
+        if linear.bias is not None:
+            moved = moved + linear.bias.double()
+        dtype = linear.weight.dtype
+        linear.weight = nn.Parameter((matrix * weight).to(dtype), requires_grad=False)
+        linear.bias = nn.Parameter(moved.to(dtype), requires_grad=False)
+    norm.weight = None  # type: ignore[assignment]
+    norm.bias = None
+
+
+def _as_parameter(value: Tensor | None, shape: tuple[int, ...]) -> nn.Parameter | None:
+    if value is None:
+        return None
+    return nn.Parameter(value.detach().clone().reshape(shape), requires_grad=False)

@@ -1,0 +1,285 @@
+"""A UNet as two graphs that share their weights: the full one and the shallow one.
+
+The full graph hands out its cached feature, the hidden state that enters the last
+`shallow_layers` layers of the last up block before the skip is concatenated; the shallow graph
+takes it in and runs only those layers. Each module holds only the submodules that it runs,
+because torch.export keeps every buffer of the module that it is given.
+"""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from cq_edge.errors import ModelError
+
+_DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
+_UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
+_MID_BLOCK = "UNetMidBlock2DCrossAttn"
+# configuration keys that add inputs or paths which the graphs do not have, and their neutral values
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "addition_embed_type": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False, None),
+    "class_embed_type": (None,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim_type": (None,),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_type": ("positional",),
+}
+
+
+class TimeEmbedding(nn.Module):
+    """The timestep's sinusoids and the two-layer network on top of them."""
+
+    def __init__(self, sinusoids: nn.Module, network: nn.Module) -> None:
+        super().__init__()
+        self.sinusoids = sinusoids
+        self.network = network
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """Returns the (1, E) embedding of a (1,) timestep in 0…999."""
+        embedded: Tensor = self.network(self.sinusoids(timestep))
+        return embedded
+
+
+class Layer(nn.Module):
+    """One resnet and, where the block has attention, its transformer."""
+
+    def __init__(self, resnet: nn.Module, attention: nn.Module | None) -> None:
+        super().__init__()
+        self.resnet = resnet
+        self.attention = attention
+
+    def forward(self, hidden: Tensor, time: Tensor, embeddings: Tensor) -> Tensor:
+        """Returns (B, C2, H, W) for `hidden` (B, C, H, W), the time and prompt embeddings."""
+        hidden = self.resnet(hidden, time)
+        if self.attention is None:
+            return hidden
+        attended: Tensor = self.attention(
+            hidden, encoder_hidden_states=embeddings, return_dict=False
+        )[0]
+        return attended
+
+
+class Stage(nn.Module):
+    """The layers of one block and the resampler behind them, if it has one."""
+
+    def __init__(self, layers: Iterable[Layer], resampler: nn.Module | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.resampler = resampler
+
+
+class OutputHead(nn.Module):
+    """The normalisation, activation and convolution that give the noise prediction."""
+
+    def __init__(self, norm: nn.Module, activation: nn.Module, conv: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.activation = activation
+        self.conv = conv
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns the (B, 4, h, w) noise prediction for `hidden` (B, C, h, w)."""
+        predicted: Tensor = self.conv(self.activation(self.norm(hidden)))
+        return predicted
+
+
+class FullUNet(nn.Module):
+    """The whole UNet, handing out its cached feature too.
+
+    `outer` are the layers that the shallow graph runs as well; `up` ends just before them.
+    """
+
+    def __init__(
+        self,
+        time: TimeEmbedding,
+        conv_in: nn.Module,
+        down: list[Stage],
+        mid: Stage,
+        up: list[Stage],
+        outer: list[Layer],
+        head: OutputHead,
+    ) -> None:
+        super().__init__()
+        self.time = time
+        self.conv_in = conv_in
+        self.down = nn.ModuleList(down)
+        self.mid = mid
+        self.up = nn.ModuleList(up)
+        self.outer = nn.ModuleList(outer)
+        self.head = head
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, embeddings: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the noise prediction (B, 4, h, w) and the cached feature (B, C, h, w).
+
+        Args:
+            latents: (B, 4, h, w).
+            timestep: (1,), 0…999.
+            embeddings: (B, L, D) of the prompt.
+        """
+        time = self.time(timestep)
+        hidden = self.conv_in(latents)
+        skips = [hidden]
+        for stage in cast("Iterable[Stage]", self.down):
+            for layer in stage.layers:
+                hidden = layer(hidden, time, embeddings)
+                skips.append(hidden)
+            if stage.resampler is not None:
+                hidden = stage.resampler(hidden)
+                skips.append(hidden)
+        for layer in self.mid.layers:
+            hidden = layer(hidden, time, embeddings)
+        for stage in cast("Iterable[Stage]", self.up):
+            for layer in stage.layers:
+                hidden = layer(torch.cat([hidden, skips.pop()], dim=1), time, embeddings)
+            if stage.resampler is not None:
+                hidden = stage.resampler(hidden, _forced_size(hidden, skips[-1]))
+        feature = hidden
+        for layer in self.outer:
+            hidden = layer(torch.cat([hidden, skips.pop()], dim=1), time, embeddings)
+        return self.head(hidden), feature
+
+
+class ShallowUNet(nn.Module):
+    """The UNet's outermost layers, fed a cached feature and its correction.
+
+    `feature_channels` is the C of that feature.
+    """
+
+    def __init__(
+        self,
+        time: TimeEmbedding,
+        conv_in: nn.Module,
+        down: list[Layer],
+        outer: list[Layer],
+        head: OutputHead,
+        feature_channels: int,
+    ) -> None:
+        super().__init__()
+        self.time = time
+        self.conv_in = conv_in
+        self.down = nn.ModuleList(down)
+        self.outer = nn.ModuleList(outer)
+        self.head = head
+        self.feature_channels = feature_channels
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        embeddings: Tensor,
+        cached_feature: Tensor,
+        gain: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        """Returns the (B, 4, h, w) noise prediction.
+
+        Args:
+            latents: (B, 4, h, w).
+            timestep: (1,), 0…999.
+            embeddings: (B, L, D) of the prompt.
+            cached_feature: (B, C, h, w) that a full step handed out.
+            gain: (C,) factor of the correction, 1 for none.
+            bias: (C,) offset of the correction, 0 for none.
+        """
+        time = self.time(timestep)
+        hidden = self.conv_in(latents)
+        skips = [hidden]
+        for layer in self.down:
+            hidden = layer(hidden, time, embeddings)
+            skips.append(hidden)
+        hidden = cached_feature * gain.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
+        for layer in self.outer:
+            hidden = layer(torch.cat([hidden, skips.pop()], dim=1), time, embeddings)
+        predicted: Tensor = self.head(hidden)
+        return predicted
+
+
+def split_unet(unet: UNet2DConditionModel, shallow_layers: int = 1) -> tuple[FullUNet, ShallowUNet]:
+    """Returns the full and the shallow module over the UNet's own submodules (none is copied).
+
+    Args:
+        unet: A Stable-Diffusion-type UNet, float or already rewritten or quantised.
+        shallow_layers: Layers of the last up block that the shallow module runs, 1 … its count.
+
+    Raises:
+        ModelError: If the UNet has inputs or blocks that the two graphs do not.
+
+    Source: DeepCache's branch (Ma et al. 2024, arXiv 2312.00858) and CacheQuant (2503.01323);
+    1 is the cut of both published extensions, 2 that of DeepCache's original code.
+    """
+    reason = split_refusal(unet, shallow_layers)
+    if reason is not None:
+        raise ModelError(reason)
+    time = TimeEmbedding(unet.time_proj, unet.time_embedding)
+    head = OutputHead(unet.conv_norm_out, unet.conv_act, unet.conv_out)
+    down = [Stage(_layers(block), _only(block.downsamplers)) for block in unet.down_blocks]
+    *inner, last = unet.up_blocks
+    up = [Stage(_layers(block), _only(block.upsamplers)) for block in inner]
+    last_layers = _layers(last)
+    cut = len(last_layers) - shallow_layers
+    if cut > 0:
+        up.append(Stage(last_layers[:cut], None))
+    outer = last_layers[cut:]
+    full = FullUNet(time, unet.conv_in, down, _mid_stage(unet), up, outer, head)
+    skip_channels = unet.config["block_out_channels"][0]
+    feature_channels = outer[0].resnet.in_channels - skip_channels
+    kept = _layers(unet.down_blocks[0])[: shallow_layers - 1]
+    shallow = ShallowUNet(time, unet.conv_in, kept, outer, head, feature_channels)
+    return full.train(unet.training), shallow.train(unet.training)
+
+
+def split_refusal(unet: UNet2DConditionModel, shallow_layers: int = 1) -> str | None:
+    """Returns why this UNet cannot be split, in one sentence, or None if it can."""
+    config: dict[str, Any] = dict(unet.config)
+    for kinds, allowed in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
+        for kind in config[kinds]:
+            if kind not in allowed:
+                return f"the UNet has a {kind}: only {' and '.join(allowed)} can be split"
+    if config["mid_block_type"] != _MID_BLOCK:
+        return f"the UNet's middle block is {config['mid_block_type']}: only {_MID_BLOCK} is known"
+    for key, neutral in _NEUTRAL.items():
+        value = config.get(key, neutral[0])
+        if value not in neutral:
+            return f"the UNet has {key} = {value!r}, an input or a path that the graphs lack"
+    if unet.conv_norm_out is None:
+        return "the UNet has no conv_norm_out (norm_num_groups is None): it needs one"
+    count = len(unet.up_blocks[-1].resnets)
+    if not 1 <= shallow_layers <= count:
+        return (
+            f"shallow_layers is {shallow_layers}, but the last up block has {count} layers: "
+            f"give 1 to {count}"
+        )
+    return None
+
+
+def _layers(block: Any) -> list[Layer]:
+    attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
+    return [Layer(r, a) for r, a in zip(block.resnets, attentions, strict=True)]
+
+
+def _mid_stage(unet: UNet2DConditionModel) -> Stage:
+    """Returns the middle as layers: an attention follows every resnet but the last."""
+    block = unet.mid_block
+    attentions = [*block.attentions, None]
+    return Stage((Layer(r, a) for r, a in zip(block.resnets, attentions, strict=True)), None)
+
+
+def _only(resamplers: nn.ModuleList | None) -> nn.Module | None:
+    return None if resamplers is None else resamplers[0]
+
+
+def _forced_size(hidden: Tensor, skip: Tensor) -> tuple[int, int] | None:
+    """Returns the size to upsample to where the skip is not exactly twice as large, else None."""
+    height, width = skip.shape[-2:]
+    doubled = (2 * hidden.shape[-2], 2 * hidden.shape[-1])
+    return None if doubled == (height, width) else (height, width)

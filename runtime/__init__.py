@@ -1,0 +1,1 @@
+"""A bundle becomes an image: NumPy only; engines import their library inside functions."""

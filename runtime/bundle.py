@@ -1,0 +1,81 @@
+"""Opens a bundle's folder: what it holds, checked before anything runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cq_edge.errors import BundleError
+from cq_edge.manifest import Manifest, read_manifest, verify_files
+from cq_edge.reuse_table import ReuseTable
+from runtime.tokenizer import ClipTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A folder and the manifest that describes it."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, relative: str) -> Path:
+        """Returns where one of the manifest's files lies."""
+        return self.folder / relative
+
+    def calibrated(self) -> tuple[tuple[str, int], ...]:
+        """Returns the (noise scheduler, sampler steps) pairs that have a reuse table."""
+        return tuple((t.noise_scheduler, t.steps) for t in self.manifest.reuse_tables)
+
+    def reuse_table(self, noise_scheduler: str, steps: int) -> ReuseTable:
+        """Returns the reuse table of a noise scheduler at a number of sampler steps.
+
+        Raises:
+            BundleError: The bundle was not calibrated for them (the message names those it
+                was calibrated for), or the table's file is of another pair.
+        """
+        for entry in self.manifest.reuse_tables:
+            if (entry.noise_scheduler, entry.steps) == (noise_scheduler, steps):
+                table = ReuseTable.load(self.path(entry.file))
+                if (table.noise_scheduler, table.steps) != (noise_scheduler, steps):
+                    raise BundleError(
+                        f"{entry.file} is a reuse table for {table.noise_scheduler} at "
+                        f"{table.steps} steps, but the manifest says {noise_scheduler} at "
+                        f"{steps}: build the bundle again"
+                    )
+                return table
+        known = " or ".join(f"{name} at {count} steps" for name, count in self.calibrated())
+        raise BundleError(
+            f"{self.folder} is not calibrated for {noise_scheduler} at {steps} steps: "
+            + (f"use {known}, or run every step full" if known else "run every step full")
+        )
+
+    def tokenizer(self) -> ClipTokenizer:
+        """Returns the tokenizer of the bundle's own vocabulary.
+
+        Raises:
+            BundleError: Its files are no CLIP vocabulary.
+        """
+        entry = self.manifest.tokenizer
+        return ClipTokenizer.from_files(
+            self.path(entry.vocab),
+            self.path(entry.merges),
+            max_length=entry.max_length,
+            bos_token=entry.bos_token,
+            eos_token=entry.eos_token,
+            pad_token=entry.pad_token,
+        )
+
+
+def open_bundle(folder: Path, verify: bool = True) -> Bundle:
+    """Returns the bundle in a folder.
+
+    Args:
+        folder: Holds manifest.json and the files it names.
+        verify: Whether to read every file and compare its sha256; presence and size are
+            checked either way.
+
+    Raises:
+        BundleError: The folder is no bundle, or a file is missing, truncated or changed.
+    """
+    manifest = read_manifest(folder)
+    if verify:
+        verify_files(folder, manifest)
+    return Bundle(folder, manifest)

@@ -1,0 +1,231 @@
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from numpy.typing import NDArray
+
+from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.errors import ScheduleError
+from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
+from runtime.denoise import Guidance, StepRecord, denoise
+from runtime.generate import initial_latents
+from tests.tiny_bundle import MAX_GAP, SIDE, STEPS, WIDTH, FakeEngine, reuse_table
+
+DIFFUSERS = {
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {}),
+}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+SHAPE = (4, SIDE, SIDE)
+
+
+def embeddings(seed: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal((1, 77, WIDTH), np.float32)
+
+
+def guidance(scale: float = 5.0) -> Guidance:
+    return Guidance(embeddings(1), embeddings(2), scale)
+
+
+def records(
+    modes: str, scale: float = 5.0, name: str = "ddim", *, engine: FakeEngine | None = None
+) -> list[StepRecord]:
+    scheduler = make_noise_scheduler(name, STEPS, NoiseScheduleConfig())
+    latents = initial_latents(SHAPE, 3, scheduler.init_noise_sigma)
+    schedule = CacheSchedule.from_string(modes)
+    engine = engine or FakeEngine()
+    return list(denoise(engine, scheduler, schedule, latents, guidance(scale), reuse_table()))
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0, 0.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_all_full_plan_equals_an_uncached_loop_of_diffusers(name: str, scale: float) -> None:
+    engine, given = FakeEngine(), guidance(scale)
+
+    def network(latents: NDArray[Any], timestep: float, which: NDArray[Any]) -> NDArray[Any]:
+        t = np.array([timestep], np.float32)
+        inputs = {"latents": latents, "timestep": t, "embeddings": which}
+        return engine.run("denoise", inputs)["noise_pred"]
+
+    kind, options = DIFFUSERS[name]
+    theirs = kind(**SCHEDULE, **options)
+    theirs.set_timesteps(STEPS)
+    ours = make_noise_scheduler(name, STEPS, NoiseScheduleConfig())
+    start = initial_latents(SHAPE, 3, ours.init_noise_sigma)
+    latents = torch.from_numpy(start)
+    expected = []
+    for timestep in theirs.timesteps:
+        seen = theirs.scale_model_input(latents, timestep).numpy().astype(np.float32)
+        negative = network(seen, float(timestep), embeddings(2))
+        prompt = network(seen, float(timestep), embeddings(1))
+        guided = negative + scale * (prompt - negative)
+        latents = theirs.step(torch.from_numpy(guided), timestep, latents).prev_sample
+        expected.append(latents.numpy())
+
+    schedule = CacheSchedule.all_full(len(ours.timesteps))
+    found = [r.latents for r in denoise(FakeEngine(), ours, schedule, start, given)]
+    assert len(found) == len(expected)
+    for mine, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-4 * max(1, np.abs(other).max()))
+
+
+def test_an_all_full_plan_equals_the_uncached_loop_bit_for_bit() -> None:
+    scheduler = make_noise_scheduler("pndm", STEPS, NoiseScheduleConfig())
+    latents = start = initial_latents(SHAPE, 3, scheduler.init_noise_sigma)
+    engine, history = FakeEngine(), ()
+    for step in range(len(scheduler.timesteps)):
+        seen = {
+            "latents": scheduler.model_input(latents, step),
+            "timestep": scheduler.timesteps[step : step + 1],
+        }
+        negative = engine.run("denoise", {**seen, "embeddings": embeddings(2)})["noise_pred"]
+        prompt = engine.run("denoise", {**seen, "embeddings": embeddings(1)})["noise_pred"]
+        guided = negative + np.float32(5.0) * (prompt - negative)
+        latents, history = scheduler.advance(latents, guided, step, history)
+    schedule = CacheSchedule.all_full(len(scheduler.timesteps))
+    *_, last = denoise(FakeEngine(), scheduler, schedule, start, guidance())
+    assert np.array_equal(last.latents, latents)
+    assert last.latents.dtype == np.float32
+
+
+def test_each_branch_reuses_its_own_feature_and_both_share_the_correction() -> None:
+    table = reuse_table()
+    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
+    latents = initial_latents(SHAPE, 3, 1.0)
+    engine, features, history = FakeEngine(), {}, ()
+    modes, anchor = "FSSFSFFSSS", 0
+    for step, mode in enumerate(modes):
+        predictions = []
+        for which in (2, 1):
+            inputs = {
+                "latents": latents,
+                "timestep": scheduler.timesteps[step : step + 1],
+                "embeddings": embeddings(which),
+            }
+            if mode == "F":
+                outputs = engine.run("denoise", inputs)
+                anchor, features[which] = step, outputs["cached_feature"]
+            else:
+                gap = step - anchor
+                inputs["cached_feature"] = features[which]
+                inputs |= {"gain": table.gain[anchor, gap], "bias": table.bias[anchor, gap]}
+                outputs = engine.run("denoise_shallow", inputs)
+            predictions.append(outputs["noise_pred"])
+        guided = predictions[0] + np.float32(5.0) * (predictions[1] - predictions[0])
+        latents, history = scheduler.advance(latents, guided, step, history)
+    found = records(modes)
+    assert np.array_equal(found[-1].latents, latents)
+    assert [r.step for r in found] == list(range(10))
+    assert [r.mode for r in found] == list(CacheSchedule.from_string(modes).modes)
+    assert [r.timestep for r in found] == scheduler.timesteps.tolist()
+    assert all(r.elapsed_ms >= 0 for r in found)
+
+
+def test_a_full_step_calls_the_network_twice_and_scale_1_only_once() -> None:
+    guided, unguided = FakeEngine(), FakeEngine()
+    records("FSKFFFFFFF", engine=guided)
+    records("FSKFFFFFFF", scale=1.0, engine=unguided)
+    assert guided.calls[:6] == ["denoise"] * 2 + ["denoise_shallow"] * 2 + ["denoise"] * 2
+    assert unguided.calls[:3] == ["denoise", "denoise_shallow", "denoise"]
+    assert len(unguided.calls) == 9
+
+
+def test_a_skip_step_takes_the_last_guided_prediction_again_and_runs_nothing() -> None:
+    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
+    engine = FakeEngine()
+    found = records("FK" + "F" * 8, engine=engine)
+    assert len(engine.calls) == 2 * 9
+    start = initial_latents(SHAPE, 3, 1.0)
+    inputs = {"latents": start, "timestep": scheduler.timesteps[:1]}
+    negative, prompt = (
+        FakeEngine().run("denoise", {**inputs, "embeddings": embeddings(s)})["noise_pred"]
+        for s in (2, 1)
+    )
+    guided = negative + np.float32(5.0) * (prompt - negative)
+    latents, history = scheduler.advance(start, guided, 0, ())
+    latents, _ = scheduler.advance(latents, guided, 1, history)
+    assert np.array_equal(found[1].latents, latents)
+    assert found[1].mode is Mode.SKIP
+
+
+def test_the_loop_runs_only_as_far_as_it_is_asked() -> None:
+    engine = FakeEngine()
+    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
+    latents = initial_latents(SHAPE, 3, 1.0)
+    loop: Iterator[StepRecord] = denoise(
+        engine, scheduler, CacheSchedule.all_full(STEPS), latents, guidance()
+    )
+    assert engine.calls == []
+    next(loop)
+    assert engine.calls == ["denoise"] * 2
+
+
+def test_a_schedule_of_another_length_is_refused_before_anything_runs() -> None:
+    scheduler = make_noise_scheduler("pndm", STEPS, NoiseScheduleConfig())
+    latents = initial_latents(SHAPE, 3, 1.0)
+    with pytest.raises(ScheduleError) as caught:
+        denoise(FakeEngine(), scheduler, CacheSchedule.all_full(10), latents, guidance())
+    assert str(caught.value) == (
+        "the cache schedule has 10 steps, but pndm at 10 steps evaluates the denoiser 11 times: "
+        "give 11 modes"
+    )
+
+
+def test_shallow_steps_without_a_table_are_refused() -> None:
+    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
+    latents = initial_latents(SHAPE, 3, 1.0)
+    schedule = CacheSchedule.from_string("FFSFFFFFFF")
+    with pytest.raises(ScheduleError) as caught:
+        denoise(FakeEngine(), scheduler, schedule, latents, guidance())
+    assert str(caught.value) == (
+        "step 2 is shallow and needs a correction, but no reuse table was given: give the "
+        "bundle's, or a schedule without shallow steps"
+    )
+
+
+def test_a_gap_beyond_the_table_is_refused() -> None:
+    assert MAX_GAP == 3
+    with pytest.raises(ScheduleError) as caught:
+        records("FSSSSFFFFF")
+    assert str(caught.value) == (
+        "step 4 reuses step 0, a gap of 4, but the reuse table goes up to 3: make a step between "
+        "them full, or calibrate with a larger max_gap"
+    )
+
+
+def test_a_table_of_other_timesteps_is_refused() -> None:
+    with pytest.raises(ScheduleError) as caught:
+        records("F" * 11, name="pndm")
+    assert str(caught.value) == (
+        "the reuse table was measured on ddim at 10 steps: its corrections do not fit pndm at 10 "
+        "steps"
+    )
+
+
+def test_guidance_needs_a_negative_prompt_unless_its_scale_is_1() -> None:
+    assert Guidance(embeddings(1), None, 1.0).branches[0] is not None
+    with pytest.raises(ScheduleError) as caught:
+        Guidance(embeddings(1), None, 7.5)
+    assert str(caught.value) == (
+        "guidance scale 7.5 needs the embeddings of a negative prompt (of the empty one, if "
+        "there is none); only scale 1 goes without"
+    )
+    with pytest.raises(ScheduleError) as caught:
+        Guidance(embeddings(1), embeddings(2), float("nan"))
+    assert str(caught.value) == "guidance scale is nan: it must be a finite number"
