@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 DEMO := out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint train-demo-model clean
+.PHONY: help setup demo figures test test-all lint train-demo-model clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -32,6 +32,9 @@ test: lint ## everything a reviewer would check; .ci/run calls exactly this
 
 test-all: lint ## the same with the slow tests
 	$(BIN)/pytest
+
+figures: setup ## measure and draw what README shows (docs/first_light.png and .md)
+	$(BIN)/python -m benchmarks.first_light
 
 train-demo-model: setup ## train, package and judge the demo model (hours on a CPU)
 	$(BIN)/python -m tools.train_demo_model

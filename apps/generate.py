@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -134,6 +135,7 @@ def _recipe(bundle: Bundle, args: argparse.Namespace) -> _Recipe:
     scale = defaults.guidance_scale if args.guidance_scale is None else args.guidance_scale
     noise_scheduler = make_noise_scheduler(name, steps, bundle.manifest.noise_schedule)
 
+    @cache
     def reuse_table() -> ReuseTable:
         try:
             return bundle.reuse_table(name, steps)

@@ -206,10 +206,9 @@ def paper_segment_bounds(step_count: int, full_steps: int) -> tuple[int, int]:
 def _check_errors(errors: NDArray[np.float64]) -> None:
     if errors.ndim != 2 or 0 in errors.shape:
         raise ScheduleError(f"the error table has shape {errors.shape}: it must be (T, G+1)")
-    step_count, columns = errors.shape
     anchor, gap = np.indices(errors.shape)
     usable = np.isfinite(errors) & (errors >= 0) & ((gap > 0) | (errors == 0))
-    wrong = np.argwhere(~usable & (anchor + gap < step_count))
+    wrong = np.argwhere(~usable & (anchor + gap < len(errors)))
     if len(wrong):
         i, g = (int(index) for index in wrong[0])
         allowed = "it must be 0" if g == 0 else "it must be a number of 0 or more"
@@ -220,9 +219,8 @@ def _check_errors(errors: NDArray[np.float64]) -> None:
 
 def _segment_costs(errors: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns (T, G+1): the cost of the segment of length g+1 that starts at i; inf beyond T."""
-    step_count, columns = errors.shape
-    anchor, gap = np.indices((step_count, columns))
-    beyond = anchor + gap >= step_count
+    anchor, gap = np.indices(errors.shape)
+    beyond = anchor + gap >= len(errors)
     costs = np.cumsum(np.where(beyond, 0.0, errors), axis=1)
     return np.where(beyond, math.inf, costs)
 
@@ -259,7 +257,7 @@ def _check_segments(
             f"they are known up to {columns - 1}: lower max_segment to {columns}, or calibrate "
             "with a larger max_gap"
         )
-    if 1 <= full_steps and full_steps * shortest <= step_count <= full_steps * longest:
+    if full_steps >= 1 and full_steps * shortest <= step_count <= full_steps * longest:
         return
     raise ScheduleError(_split_refusal(step_count, full_steps, shortest, longest, columns))
 
@@ -279,9 +277,9 @@ def _split_cures(
 ) -> Iterator[str]:
     fewest, most = -(-step_count // longest), step_count // shortest
     if fewest <= most:
-        span = f"{fewest} to {most}" if fewest < most else f"{fewest}"
+        span = f"{fewest} to {most}" if fewest < most else f"exactly {fewest}"
         yield f"ask for {span} full steps"
-    if 1 <= full_steps and full_steps * longest < step_count:
+    if full_steps >= 1 and full_steps * longest < step_count:
         needed = -(-step_count // full_steps)
         known = f" (calibrated with max_gap {needed - 1})" if needed > columns else ""
         yield f"raise max_segment to {needed}{known}"

@@ -24,6 +24,7 @@ EXACT_PARITY_DB = 200.0
 
 _DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8")
 _HASH_CHUNK_BYTES = 1 << 20
+_LARGEST_FLOAT = 2**1023
 _JSON_KINDS = {
     dict: "an object",
     list: "an array",
@@ -338,20 +339,29 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     """
     for relative, entry in manifest.files.items():
         _check_size(folder, relative, entry)
-        if _sha256(folder / relative) != entry.sha256:
+        path = folder / relative
+        try:
+            found = _sha256(path)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error}") from None
+        if found != entry.sha256:
             raise BundleError(
-                f"{folder / relative} was changed after the bundle was written (its sha256 "
-                "differs): copy or build the bundle again"
+                f"{path} was changed after the bundle was written (its sha256 differs): "
+                "copy or build the bundle again"
             )
 
 
 def _check_size(folder: Path, relative: str, entry: FileEntry) -> None:
     path = folder / relative
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+        found = path.stat().st_size if path.is_file() else None
+    except (OSError, RuntimeError) as error:  # e.g. a name too long, a loop of links
+        raise BundleError(f"{path} cannot be read: {error}") from None
+    if not inside:
         raise BundleError(f"{path} is a link out of the bundle: put the file itself there")
-    if not path.is_file():
+    if found is None:
         raise BundleError(f"{path} is missing: copy or build the bundle again")
-    found = path.stat().st_size
     if found != entry.bytes:
         fault = "truncated" if found < entry.bytes else "too long"
         raise BundleError(
@@ -394,7 +404,8 @@ def _require_noise_scheduler(name: str) -> None:
 def _require_inside(path: str, where: str) -> None:
     """Refuses a path that is not plainly relative, on any operating system."""
     parts = path.split("/")
-    if any(part in ("", ".", "..") for part in parts) or set(path) & set("\\:\0"):
+    odd = any(char in "\\:\0" or "\ud800" <= char <= "\udfff" for char in path)
+    if odd or any(part in ("", ".", "..") for part in parts):
         raise BundleError(
             f"{where} leaves the bundle or is no plain relative path ({json.dumps(path)}): "
             "write it as folder/file, without a drive, a leading slash or .."
@@ -417,7 +428,7 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
     try:
         content = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{source} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise BundleError(f"{source} holds {_kind(content)}: a manifest is an object")
@@ -438,6 +449,8 @@ def _check_version(version: object, source: str) -> None:
 def _decode(kind: Any, value: Any, path: str) -> Any:  # noqa: ANN401 - any JSON, any field type
     """Returns a JSON value as what a field's type asks for; `path` names it in messages."""
     origin, arguments = get_origin(kind), get_args(kind)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BundleError(f"{path} is {value}: numbers must be finite")
     if is_dataclass(kind):
         return _decode_record(kind, _require(dict, value, path), path)
     if origin is tuple:
@@ -472,8 +485,8 @@ def _decode_record(kind: Any, content: dict[str, Any], path: str) -> Any:  # noq
 
 def _require(kind: type, value: Any, path: str) -> Any:  # noqa: ANN401
     """Returns a JSON value of a plain type; a whole number counts as a float."""
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind is float and type(value) is int and abs(value) < _LARGEST_FLOAT:
+        value = float(value)
     if type(value) is not kind:
         wanted = _JSON_KINDS[kind]
         raise BundleError(f"{path} is {_kind(value)}: it must be {wanted}")

@@ -38,7 +38,7 @@ class Bundle:
                     raise BundleError(
                         f"{entry.file} is a reuse table for {table.noise_scheduler} at "
                         f"{table.steps} steps, but the manifest says {noise_scheduler} at "
-                        f"{steps}: build the bundle again"
+                        f"{steps} steps: build the bundle again"
                     )
                 return table
         known = " or ".join(f"{name} at {count} steps" for name, count in self.calibrated())

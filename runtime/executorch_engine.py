@@ -1,10 +1,8 @@
 """Runs a bundle's graphs with ExecuTorch's Python runtime."""
 
-import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+import io
+from collections.abc import Mapping
+from contextlib import redirect_stderr
 from types import ModuleType
 from typing import Any
 
@@ -34,11 +32,11 @@ class ExecuTorchEngine:
             raise UsageError(f"threads is {threads}: ask for 1 or more")
         self._bundle = bundle
         self._methods: dict[str, Any] = {}
-        portable_lib = _portable_lib()
+        self._library = _library()
         if threads is not None:
             # methods keep the pool they were loaded with, so this comes before any load
             with _without_chatter():
-                portable_lib._unsafe_reset_threadpool(threads)
+                self._library._unsafe_reset_threadpool(threads)
 
     def load(self, graph: str) -> None:
         """Loads a graph from its file, where it is not loaded already.
@@ -49,19 +47,20 @@ class ExecuTorchEngine:
         if graph in self._methods:
             return
         entry = self._entry(graph)
-        from executorch.runtime import Runtime
-
+        path, check = self._bundle.path(entry.file), self._library.Verification.InternalConsistency
         try:
-            # a program per graph: dropping it is the only way to free its method
             with _without_chatter():
-                program = Runtime.get().load_program(self._bundle.path(entry.file))
-                if entry.method in program.method_names:
+                # a program per graph: dropping it is the only way to free its method
+                program = self._library._load_program(str(path), program_verification=check)
+                held = [program.get_method_name(i) for i in range(program.num_methods())]
+                if entry.method in held:
                     self._methods[graph] = program.load_method(entry.method)
-        except (RuntimeError, OSError) as error:
+        except RuntimeError as error:
             raise BundleError(f"{entry.file}: cannot load {entry.method!r}: {error}") from error
         if graph not in self._methods:
-            held = ", ".join(sorted(program.method_names))
-            raise BundleError(f"{entry.file} has no method {entry.method!r}: it has {held}")
+            raise BundleError(
+                f"{entry.file} has no method {entry.method!r}: it has {', '.join(sorted(held))}"
+            )
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Returns a graph's outputs by name.
@@ -78,7 +77,7 @@ class ExecuTorchEngine:
 
         tensors = [torch.from_numpy(_writable(inputs[spec.name])) for spec in entry.inputs]
         try:
-            results = self._methods[graph].execute(tensors)
+            results = self._methods[graph](tensors)
         except RuntimeError as error:
             raise BundleError(f"{entry.file}: {entry.method!r} failed: {error}") from error
         outputs = [tensor.numpy() for tensor in results]
@@ -102,30 +101,28 @@ class ExecuTorchEngine:
         return entry
 
 
-def _portable_lib() -> ModuleType:
+def _library() -> ModuleType:
+    """Returns ExecuTorch's extension module.
+
+    Not `executorch.runtime`, which wraps it: that imports the whole exporter (torchao and
+    torch's compiler too) only for the decorators of its warnings, which takes longer than a
+    small bundle takes to make a picture.
+    """
     try:
-        from executorch.extension.pybindings import portable_lib
+        import torch  # noqa: F401 - the extension needs its symbols, and says so obscurely
+        from executorch.extension.pybindings import _portable_lib
     except ImportError as error:
         raise BundleError(
             f"running .pte graphs needs executorch, which cannot be imported ({error}): "
             "pip install executorch"
         ) from error
-    return portable_lib
+    library: ModuleType = _portable_lib
+    return library
 
 
-@contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Silences the C++ runtime's log of what it finds, which it writes to the process's stderr."""
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "experimental", of all we call
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+def _without_chatter() -> redirect_stderr[io.StringIO]:
+    """Silences the extension's log of the processor it finds; its errors are exceptions."""
+    return redirect_stderr(io.StringIO())
 
 
 def _check_inputs(graph: str, entry: GraphEntry, inputs: Mapping[str, NDArray[Any]]) -> None:

@@ -41,6 +41,6 @@ def test_every_make_task_that_the_readme_names_exists():
 
 def test_the_demo_model_and_its_scorer_are_as_small_as_promised():
     for folder, limit_mib in (("demo_model", 25), ("demo_scorer", 5)):
-        files = [p for p in (ROOT / "cq_edge" / folder).rglob("*.safetensors")]
+        files = list((ROOT / "cq_edge" / folder).rglob("*.safetensors"))
         assert files
         assert sum(p.stat().st_size for p in files) <= limit_mib * 1_000_000

@@ -22,7 +22,7 @@ from tools.demo_training import judge, package
 from tools.demo_training.data import held_out_scenes, pictures, training_scenes
 from tools.demo_training.loop import TrainConfig, load_average, plot_losses
 from tools.demo_training.scorer import new_scorer, train_scorer
-from tools.demo_training.text import new_text_model, train_text
+from tools.demo_training.text import train_text
 from tools.demo_training.tokenizer import write_clip_vocabulary
 from tools.demo_training.unet import new_unet, train_unet
 from tools.demo_training.vae import encode_scenes, psnr_of, train_vae

@@ -111,5 +111,3 @@ def edge_unet(full: FullUNet, shallow: ShallowUNet, quantization: str) -> tuple[
     if quantization == "int8":
         both = quantize_for_xnnpack(both)
     return tuple(both)
-
-

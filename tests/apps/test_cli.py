@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 from apps import generate
 from apps.cli import main
 from cq_edge.errors import BundleError, UsageError
+from runtime.bundle import Bundle
 
 
 def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +79,26 @@ def test_a_folder_that_is_no_bundle_is_named(
         f"cq-edge: error: {tmp_path} is not a bundle: it has no manifest.json; `cq-edge build` "
         "makes bundles\n"
     )
+
+
+def test_a_real_program_makes_the_same_file_in_every_process(
+    real_bundle: Bundle, tmp_path: Path
+) -> None:
+    for name in ("one.png", "two.png"):
+        command = [sys.executable, "-m", "apps.cli", "generate", str(real_bundle.folder), "a star"]
+        done = subprocess.run(
+            [*command, "-o", str(tmp_path / name), "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parents[2],
+        )
+        assert done.stdout.count("\n") == 1
+        result = json.loads(done.stdout)
+        assert result["images"] == [str(tmp_path / name)]
+        assert result["plan"] == {"full": 4, "shallow": 6, "skip": 0}
+        assert "10/10" in done.stderr
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
 def modules_after(code: str) -> set[str]:

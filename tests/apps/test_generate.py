@@ -165,7 +165,7 @@ def test_a_cut_prompt_is_quoted_in_a_warning(generate: Generate) -> None:
     _, _, err = generate("star " * 76 + "Ring")
     warning = "cq-edge: warning: the prompt is longer than 77 tokens; this was cut: "
     assert f'{warning}"star Ring"\n' in err
-    _, _, err = generate("star " * 75, "--negative-prompt", "x" * 5000)
+    _, _, err = generate("ring " * 75, "--negative-prompt", "x" * 5000)
     assert 'warning: the negative prompt is longer than 77 tokens; this was cut: "xxx' in err
     assert '…" (' in err
 
@@ -176,10 +176,10 @@ def test_a_prompt_that_no_file_could_hold_still_becomes_a_picture(generate: Gene
         ("../../etc/passwd", "etc-passwd"),
         ("\udcff star\x07", "star"),
         ("a" * 10_000, "a" * 60),
-        ("🔥", "picture-0"),
+        ("🔥", "picture"),
     ]:
         result = last_json(generate(prompt, "--json", "--force", "--plan", "full")[1])
-        assert result["images"] == [f"{name.removesuffix('-0')}.png"]
+        assert result["images"] == [f"{name}.png"]
         Image.open(result["images"][0]).load()
 
 
@@ -214,9 +214,7 @@ def test_outputs_are_checked_before_anything_runs(
     assert err == "cq-edge: error: star.jpg would not be a PNG: name it star.png\n"
 
 
-def test_a_failing_loop_leaves_no_file(
-    generate: Generate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_loop_leaves_no_file(generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(FakeEngine):
         def _decode(self, latents):
             raise CQEdgeError(f"no picture of {latents.shape}")
@@ -226,6 +224,22 @@ def test_a_failing_loop_leaves_no_file(
     assert code == 1
     assert err.endswith("cq-edge: error: no picture of (1, 4, 4, 4)\n")
     assert [path.name for path in Path().iterdir()] == ["bundle"]
+
+
+def test_an_interrupted_loop_leaves_only_whole_files(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(FakeEngine):
+        def run(self, graph, inputs):
+            if self.calls.count("decode") == 1 and len(self.calls) > 30:
+                raise KeyboardInterrupt
+            return super().run(graph, inputs)
+
+    monkeypatch.setitem(ENGINES, "xnnpack", Interrupted)
+    code, out, _ = generate(STAR, "--num-images", "2", "-o", "star.png")
+    assert (code, out) == (130, "")
+    assert sorted(path.name for path in Path().iterdir()) == ["bundle", "star-0.png"]
+    Image.open("star-0.png").load()
 
 
 def test_latents_that_are_no_numbers_become_no_picture(
@@ -246,8 +260,8 @@ def test_latents_that_are_no_numbers_become_no_picture(
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(self, path, **options):
-        Path(path).write_bytes(b"half")
+    def full_disk(_: Image.Image, path: Path, **__: object) -> None:
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
@@ -286,9 +300,7 @@ def test_compare_full_guards_its_own_outputs_too(generate: Generate) -> None:
     )
 
 
-def test_the_default_number_of_full_steps_follows_the_steps(
-    home: Path, generate: Generate
-) -> None:
+def test_the_default_number_of_full_steps_follows_the_steps(home: Path, generate: Generate) -> None:
     reuse_table("ddim", 20).save(home / "reuse_ddim_20.npz")
     from dataclasses import replace
 

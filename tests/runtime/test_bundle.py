@@ -32,6 +32,7 @@ def test_a_table_that_is_not_there_names_those_that_are(bundle: Bundle) -> None:
 
 
 def test_a_table_of_another_sampler_than_the_manifest_says_is_refused(bundle: Bundle) -> None:
+    bundle.path("reuse_ddim_10.npz").unlink()
     reuse_table("euler", 10).save(bundle.path("reuse_ddim_10.npz"))
     with pytest.raises(BundleError) as caught:
         bundle.reuse_table("ddim", 10)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +13,13 @@ from torch import Tensor, nn
 from cq_edge.errors import BundleError, UsageError
 from runtime.bundle import Bundle, open_bundle
 from runtime.executorch_engine import ExecuTorchEngine
-from tests.tiny_bundle import CHANNELS, SIDE, WIDTH, write_bundle
-
-
-class TinyUNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, CHANNELS, 3, padding=1)
-
-    def forward(self, latents: Tensor, timestep: Tensor, embeddings: Tensor) -> Any:
-        feature = torch.tanh(self.conv(latents) + timestep / 1000 + embeddings.mean())
-        return feature * 0.7 + latents * 0.3, feature
-
-
-class TinyText(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(1024, WIDTH)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.table(input_ids)
+from tests.tiny_bundle import SIDE, WIDTH, write_bundle
+from tests.tiny_program import tiny_modules
 
 
 @pytest.fixture(scope="module")
 def modules() -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    return {"denoise": TinyUNet().eval(), "encode": TinyText().eval()}
-
-
-@pytest.fixture(scope="module")
-def real_bundle(modules: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle whose graphs.pte really holds `encode` and `denoise`, and nothing else."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
-    inputs = {"denoise": tensors(denoise_inputs()), "encode": (torch.zeros(1, 77).long(),)}
-    programs = {name: torch.export.export(modules[name], inputs[name]) for name in modules}
-    partitioners = {name: [XnnpackPartitioner()] for name in modules}
-    program = to_edge_transform_and_lower(programs, partitioner=partitioners).to_executorch()
-    folder = tmp_path_factory.mktemp("real") / "bundle"
-    return open_bundle(write_bundle(folder, program.buffer))
+    return tiny_modules()
 
 
 def denoise_inputs(seed: int = 0) -> dict[str, NDArray[Any]]:
@@ -143,14 +113,32 @@ def test_wrong_inputs_are_named_before_the_call(
 
 
 def test_a_graph_that_the_file_or_the_bundle_lacks_is_named(real_bundle: Bundle) -> None:
-    engine = ExecuTorchEngine(real_bundle)
+    graphs = dict(real_bundle.manifest.graphs)
+    graphs["decode"] = replace(graphs["decode"], method="paint")
+    engine = ExecuTorchEngine(
+        replace(real_bundle, manifest=replace(real_bundle.manifest, graphs=graphs))
+    )
     with pytest.raises(BundleError) as caught:
         engine.load("decode")
-    assert str(caught.value) == "graphs.pte has no method 'decode': it has denoise, encode"
+    assert str(caught.value) == (
+        "graphs.pte has no method 'paint': it has decode, denoise, denoise_shallow, encode"
+    )
     with pytest.raises(BundleError) as caught:
         engine.load("upscale")
     assert str(caught.value) == (
         "the bundle has no graph upscale: it has encode, denoise, denoise_shallow, decode"
+    )
+
+
+def test_outputs_other_than_the_manifests_are_refused(real_bundle: Bundle) -> None:
+    graphs = dict(real_bundle.manifest.graphs)
+    graphs["denoise"] = replace(graphs["denoise"], outputs=graphs["denoise"].outputs[:1])
+    bundle = replace(real_bundle, manifest=replace(real_bundle.manifest, graphs=graphs))
+    with pytest.raises(BundleError) as caught:
+        ExecuTorchEngine(bundle).run("denoise", denoise_inputs())
+    assert str(caught.value) == (
+        "graphs.pte: 'denoise' gave (1, 4, 4, 4) float32, (1, 4, 4, 4) float32, but the manifest "
+        "says (1, 4, 4, 4) float32"
     )
 
 
@@ -159,12 +147,37 @@ def test_a_file_that_is_no_program_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError) as caught:
         engine.load("denoise")
     assert str(caught.value) == (
-        "graphs.pte: cannot load 'denoise': Failed to load program, error: 0x:23"
+        "graphs.pte: cannot load 'denoise': Failed to load program, error: 0x:12"
     )
+
+
+def test_running_imports_nothing_that_exports(real_bundle: Bundle) -> None:
+    script = f"""
+import sys
+import numpy as np
+from pathlib import Path
+from runtime.bundle import open_bundle
+from runtime.executorch_engine import ExecuTorchEngine
+engine = ExecuTorchEngine(open_bundle(Path({str(real_bundle.folder)!r})))
+engine.run("encode", {{"input_ids": np.zeros((1, 77), np.int64)}})
+print(*sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    unwanted = {"torchao", "executorch.exir", "torch._dynamo", "transformers", "cq_edge.model"}
+    assert not set(done.stdout.split()) & unwanted
+    assert done.stderr == ""
 
 
 def test_the_runtimes_own_chatter_stays_off_stderr(
     real_bundle: Bundle, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ExecuTorchEngine(real_bundle, threads=1).run("denoise", denoise_inputs())
+    with pytest.raises(BundleError):
+        ExecuTorchEngine(real_bundle).load("upscale")
     assert capfd.readouterr() == ("", "")

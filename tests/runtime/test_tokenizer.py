@@ -149,7 +149,8 @@ def test_padding_uses_the_pad_token_where_it_is_not_the_closing_one(vocabulary: 
         (
             '{"<|startoftext|>": 0, "<|endoftext|>": 1}',
             "#version: 0.2\na b\n",
-            "{merges} does not fit its vocabulary: Token `a` out of vocabulary",
+            "{merges} does not fit its vocabulary: Error while initializing BPE: Token `a` out of "
+            "vocabulary",
         ),
     ],
 )  # fmt: skip

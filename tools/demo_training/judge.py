@@ -46,9 +46,7 @@ def judge_model(count: int, sheet: Path, device: str) -> None:
     _write_sheet(generated[:32], sheet)
 
 
-def _report(
-    name: str, scorer: Scorer, drawn: NDArray[np.uint8], scenes: list[Scene]
-) -> None:
+def _report(name: str, scorer: Scorer, drawn: NDArray[np.uint8], scenes: list[Scene]) -> None:
     accuracy = scorer.attribute_accuracy(drawn, scenes)
     score = scorer.clip_scores(drawn, [scene.caption() for scene in scenes]).mean()
     shares = ", ".join(f"{key} {share:.2%}" for key, share in accuracy.items())

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +94,7 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
 def _save(state: dict[str, object], path: Path) -> None:
     beside = path.with_suffix(".tmp")
     torch.save(state, beside)
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def _append_losses(path: Path, losses: list[tuple[int, float]]) -> None:

@@ -38,7 +38,9 @@ def train_vae(config: TrainConfig, folder: Path, batch_size: int, device: str) -
 
     def loss_of_step(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
-        batch = _crops(training_scenes(1_000_000 + 10_000 * config.seed + step, batch_size // 2), generator)
+        batch = _crops(
+            training_scenes(1_000_000 + 10_000 * config.seed + step, batch_size // 2), generator
+        )
         batch = batch.to(device, memory_format=torch.channels_last)
         posterior = vae.encode(batch).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)

@@ -1,0 +1,171 @@
+"""README's pictures and table: the float32 graph at every step against the bundle's own plan.
+
+Builds both bundles of the demo model, then lets them take turns on the same prompts and seeds,
+in one process:
+
+    python -m benchmarks.first_light            # writes docs/first_light.png and .md
+"""
+
+import argparse
+import platform
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from apps import cli
+from apps.plan_option import choose_schedule
+from cq_edge.cache_schedule import CacheSchedule
+from cq_edge.metrics import psnr_db
+from cq_edge.noise_scheduler import make_noise_scheduler
+from runtime.bundle import Bundle, open_bundle
+from runtime.denoise import Guidance, denoise
+from runtime.executorch_engine import ExecuTorchEngine
+from runtime.generate import decode_latents, encode_prompt, initial_latents
+from tools.demo import PROMPTS
+
+_GAP_PX = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A bundle with its engine and the plan that it runs."""
+
+    name: str
+    bundle: Bundle
+    engine: ExecuTorchEngine
+    plan: CacheSchedule
+
+    def draw(self, prompt: str, seed: int) -> tuple[NDArray[np.uint8], float]:
+        """Returns the (H, W, 3) picture and the denoising loop's milliseconds."""
+        manifest = self.bundle.manifest
+        defaults, size = manifest.defaults, manifest.latents
+        noise_scheduler = make_noise_scheduler(
+            defaults.noise_scheduler, defaults.steps, manifest.noise_schedule
+        )
+        tokenizer = self.bundle.tokenizer()
+        embeddings = [encode_prompt(self.engine, tokenizer, text)[0] for text in (prompt, "")]
+        guidance = Guidance(embeddings[0], embeddings[1], defaults.guidance_scale)
+        shape = (size.channels, size.height, size.width)
+        latents = initial_latents(shape, seed, noise_scheduler.init_noise_sigma)
+        table = self.bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
+        elapsed_ms = 0.0
+        for record in denoise(self.engine, noise_scheduler, self.plan, latents, guidance, table):
+            elapsed_ms, latents = elapsed_ms + record.elapsed_ms, record.latents
+        return decode_latents(self.engine, latents), elapsed_ms
+
+
+def main() -> None:
+    """Builds, measures, draws."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=5, help="of each side (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("out/first_light"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    contenders = _contenders(args.work, args.threads)
+    pictures = [[c.draw(prompt, 0)[0] for prompt in PROMPTS] for c in contenders]
+    times = _alternate(contenders, args.runs)
+    _write_picture(pictures, args.docs / "first_light.png")
+    table = _table(contenders, times, pictures, args.threads)
+    (args.docs / "first_light.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+def _contenders(work: Path, threads: int) -> list[Contender]:
+    """Returns float32 full, int8 full and int8 with the bundle's plan, in this order."""
+    for name, quantization in (("float32", "none"), ("int8", "int8")):
+        arguments = ["build", "-o", str(work / name), "--quantization", quantization, "--force"]
+        if cli.main(arguments) != 0:
+            raise SystemExit(1)
+    float32, int8 = (open_bundle(work / name) for name in ("float32", "int8"))
+    defaults = int8.manifest.defaults
+    table = int8.reuse_table(defaults.noise_scheduler, defaults.steps)
+    total = len(table.timesteps)
+    full = CacheSchedule.all_full(total)
+    planned = choose_schedule(f"full-steps:{defaults.full_steps}", total, lambda: table)
+    shared = ExecuTorchEngine(int8, threads)
+    return [
+        Contender("float32, every step full", float32, ExecuTorchEngine(float32, threads), full),
+        Contender("int8, every step full", int8, shared, full),
+        Contender(f"int8, {defaults.full_steps} of {total} steps full", int8, shared, planned),
+    ]
+
+
+def _alternate(contenders: list[Contender], runs: int) -> list[list[float]]:
+    """Returns the loop's milliseconds per contender and run, the contenders taking turns."""
+    times: list[list[float]] = [[] for _ in contenders]
+    for run in tqdm(range(runs), desc="runs"):
+        for contender, taken in zip(contenders, times, strict=True):
+            taken.append(contender.draw(PROMPTS[run % len(PROMPTS)], run)[1])
+    return times
+
+
+def _table(
+    contenders: list[Contender],
+    times: list[list[float]],
+    pictures: list[list[NDArray[np.uint8]]],
+    threads: int,
+) -> str:
+    lines = [
+        "| | denoising loop, ms: median (min–max) | speed-up: median (min–max) | graphs, MB | "
+        "PSNR to float32, dB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for index, (contender, taken) in enumerate(zip(contenders, times, strict=True)):
+        ratios = [reference / own for reference, own in zip(times[0], taken, strict=True)]
+        pairs = zip(pictures[0], pictures[index], strict=True)
+        psnr = "–" if index == 0 else f"{np.mean([psnr_db(a, b) for a, b in pairs]):.1f}"
+        graphs = contender.bundle.manifest.files["graphs.pte"].bytes / 1e6
+        lines.append(
+            f"| {contender.name} | {median(taken):.0f} ({min(taken):.0f}–{max(taken):.0f}) | "
+            f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {graphs:.2f} | {psnr} |"
+        )
+    defaults = contenders[0].bundle.manifest.defaults
+    side = contenders[0].bundle.manifest.image_px.height
+    lines += [
+        "",
+        f"Conditions: {_processor()}, {threads} threads, ExecuTorch XNNPACK, demo model, "
+        f"{side}×{side} px, {defaults.noise_scheduler.upper()} {defaults.steps} steps, guidance "
+        f"{defaults.guidance_scale:g}, {len(times[0])} runs of each side in turns in one process. "
+        "The float32 graphs have the same rewrites.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _write_picture(pictures: list[list[NDArray[np.uint8]]], path: Path) -> None:
+    """Writes a grid: a column per prompt, float32 above the bundle's plan."""
+    rows = [np.concatenate(list(_apart(row, 1)), 1) for row in (pictures[0], pictures[-1])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(list(_apart(rows, 0)), 0)).save(path)
+
+
+def _apart(parts: list[NDArray[np.uint8]], axis: int) -> list[NDArray[np.uint8]]:
+    """Returns the parts with white gaps between them along an axis."""
+    shape = list(parts[0].shape)
+    shape[axis] = _GAP_PX
+    gap = np.full(shape, 255, np.uint8)
+    return [piece for part in parts for piece in (part, gap)][:-1]
+
+
+def _processor() -> str:
+    for line in islice(_cpuinfo(), 200):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""ReuseTable: the error and the correction of every (anchor, step), as calibration measured them.
+
+It is decisions' raw material: any cache schedule up to `max_gap` can be planned and run from it.
+"""
+
+import math
+import zipfile
+import zlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cq_edge.correction import ChannelCorrection
+from cq_edge.errors import BundleError, CalibrationError, OutputExistsError
+
+_UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReuseTable:
+    """What reusing a cached feature costs, and what repairs most of it.
+
+    Row i is the anchor step, column g the gap: entry [i, g] is about step i + g, which reuses
+    anchor i. Entries of steps beyond T-1 exist but mean nothing (NaN is usual); column 0 is a
+    step that reuses its own feature.
+
+    Attributes:
+        noise_scheduler: Name of the noise scheduler that it was measured with.
+        steps: Sampler steps asked for (PNDM evaluates the denoiser once more).
+        guidance_scale: Of the run that was measured.
+        objective: What the errors are, e.g. "feature_l1".
+        timesteps: (T,) float32, the noise scheduler's.
+        errors: (T, G+1) float64, 0 or more, 0 in column 0; G is the largest gap.
+        gain: (T, G+1, C) float32 over the C channels of the cached feature.
+        bias: (T, G+1, C) float32.
+    """
+
+    noise_scheduler: str
+    steps: int
+    guidance_scale: float
+    objective: str
+    timesteps: NDArray[np.float32]
+    errors: NDArray[np.float64]
+    gain: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        """Refuses arrays that do not belong together and entries that nothing can use."""
+        for name in ("noise_scheduler", "objective"):
+            if not getattr(self, name):
+                raise CalibrationError(f"{name} of a reuse table is empty: name it")
+        if self.steps < 1:
+            raise CalibrationError(f"steps of a reuse table is {self.steps}: it must be 1 or more")
+        if not math.isfinite(self.guidance_scale):
+            raise CalibrationError(
+                f"guidance_scale of a reuse table is {self.guidance_scale}: it must be a number"
+            )
+        self._check_shapes()
+        self._check_entries()
+
+    @property
+    def max_gap(self) -> int:
+        """The largest gap that was measured."""
+        return int(self.errors.shape[1]) - 1
+
+    @property
+    def channels(self) -> int:
+        """Channels of the cached feature."""
+        return int(self.gain.shape[2])
+
+    def correction(self, anchor: int, step: int) -> ChannelCorrection:
+        """Returns the correction of a step that reuses an anchor; the identity for its own.
+
+        Raises:
+            CalibrationError: That pair was not measured.
+        """
+        gap, step_count = step - anchor, len(self.timesteps)
+        if not (0 <= anchor <= step < step_count and gap <= self.max_gap):
+            raise CalibrationError(
+                f"no correction was measured for step {step} with anchor {anchor}: the table has "
+                f"steps 0 to {step_count - 1} with gaps 0 to {self.max_gap}"
+            )
+        if gap == 0:
+            return ChannelCorrection.identity(self.channels)
+        return ChannelCorrection(self.gain[anchor, gap], self.bias[anchor, gap])
+
+    def save(self, path: Path) -> None:
+        """Writes the table as a NumPy archive (.npz) without pickle; equal tables, equal bytes.
+
+        Raises:
+            OutputExistsError: The path is taken.
+        """
+        content: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+        try:
+            with path.open("xb") as stream:
+                np.savez_compressed(stream, **content)
+        except FileExistsError:
+            raise OutputExistsError(f"{path} exists: delete it, or write elsewhere") from None
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Returns the table in a file that `save` wrote.
+
+        Raises:
+            BundleError: The file is missing, no such archive, or holds no valid table.
+        """
+        try:
+            content = _read_archive(path)
+        except FileNotFoundError:
+            raise BundleError(f"{path} is missing: copy or build the bundle again") from None
+        except _UNREADABLE as error:
+            raise BundleError(f"{path} is not a reuse table: {error}") from None
+        expected = {field.name for field in fields(cls)}
+        if odd := sorted(content.keys() ^ expected):
+            state = "lacks" if odd[0] in expected else "has the unknown key"
+            raise BundleError(f"{path} is not a reuse table: it {state} {odd[0]}")
+        try:
+            return cls(
+                noise_scheduler=_scalar(content, "noise_scheduler", str),
+                steps=_scalar(content, "steps", int),
+                guidance_scale=_scalar(content, "guidance_scale", float),
+                objective=_scalar(content, "objective", str),
+                timesteps=content["timesteps"],
+                errors=content["errors"],
+                gain=content["gain"],
+                bias=content["bias"],
+            )
+        except CalibrationError as error:
+            raise BundleError(f"{path} is not a reuse table: {error}") from None
+
+    def _check_shapes(self) -> None:
+        dims = {"timesteps": 1, "errors": 2, "gain": 3, "bias": 3}
+        for name, ndim in dims.items():
+            array = getattr(self, name)
+            dtype = "float64" if name == "errors" else "float32"
+            if array.ndim != ndim or array.dtype != dtype or 0 in array.shape:
+                raise CalibrationError(
+                    f"{name} of a reuse table is {array.dtype} of shape {array.shape}: "
+                    f"it must be {dtype} with {ndim} dimensions, none empty"
+                )
+        step_count, columns = self.errors.shape
+        rest = (self.timesteps.shape, self.gain.shape[:2], self.gain.shape)
+        if rest != ((step_count,), (step_count, columns), self.bias.shape):
+            raise CalibrationError(
+                f"timesteps {self.timesteps.shape}, errors {self.errors.shape}, gain "
+                f"{self.gain.shape} and bias {self.bias.shape} of a reuse table do not belong "
+                "together: they must be (T,), (T, G+1), (T, G+1, C) and (T, G+1, C)"
+            )
+
+    def _check_entries(self) -> None:
+        if not np.isfinite(self.timesteps).all():
+            raise CalibrationError("a timestep of the reuse table is not a number")
+        anchor, gap = np.indices(self.errors.shape)
+        used = anchor + gap < len(self.errors)
+        with np.errstate(invalid="ignore"):
+            usable = np.isfinite(self.errors) & (self.errors >= 0)
+        _require(usable | ~used, "the reuse error", "it must be a number of 0 or more")
+        _require((self.errors == 0) | (gap > 0), "the reuse error", "a step's own must be 0")
+        for name in ("gain", "bias"):
+            finite = np.isfinite(getattr(self, name)).all(axis=2)
+            _require(finite | ~used, f"the {name}", "every channel must be finite")
+
+
+def _require(fine: NDArray[np.bool_], what: str, rule: str) -> None:
+    """Refuses a table with an entry [anchor, gap] that is not fine; names the first."""
+    if not fine.all():
+        anchor, gap = (int(index) for index in np.argwhere(~fine)[0])
+        raise CalibrationError(
+            f"{what} of step {anchor + gap} with anchor {anchor} (gap {gap}) is unusable: {rule}"
+        )
+
+
+def _read_archive(path: Path) -> dict[str, NDArray[Any]]:
+    with path.open("rb") as stream:
+        archive = np.load(stream, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one bare array")
+        return dict(archive.items())
+
+
+def _scalar(content: dict[str, NDArray[Any]], name: str, kind: type) -> Any:  # noqa: ANN401
+    value = content[name].tolist()
+    if type(value) is not kind:
+        raise CalibrationError(f"{name} is not a single {kind.__name__}")
+    return value

@@ -1,0 +1,220 @@
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cq_edge.errors import BundleError, CalibrationError, OutputExistsError
+from cq_edge.reuse_table import ReuseTable
+
+T, G, C = 5, 2, 3
+
+
+def table():
+    rng = np.random.default_rng(0)
+    errors = rng.random((T, G + 1))
+    gain = rng.random((T, G + 1, C)).astype(np.float32)
+    bias = rng.random((T, G + 1, C)).astype(np.float32)
+    errors[:, 0] = 0
+    for anchor in range(T):
+        for gap in range(G + 1):
+            if anchor + gap >= T:
+                errors[anchor, gap] = gain[anchor, gap] = bias[anchor, gap] = np.nan
+    timesteps = np.linspace(900, 1, T, dtype=np.float32)
+    return ReuseTable("pndm", 4, 7.5, "feature_l1", timesteps, errors, gain, bias)
+
+
+def changed(name, index, value):
+    array = getattr(table(), name).copy()
+    array[index] = value
+    return {name: array}
+
+
+def test_a_table_survives_its_file_bit_for_bit(tmp_path):
+    original = table()
+    original.save(tmp_path / "reuse.npz")
+    loaded = ReuseTable.load(tmp_path / "reuse.npz")
+    for name in ("noise_scheduler", "steps", "guidance_scale", "objective"):
+        assert getattr(loaded, name) == getattr(original, name)
+        assert type(getattr(loaded, name)) is type(getattr(original, name))
+    for name in ("timesteps", "errors", "gain", "bias"):
+        found, expected = getattr(loaded, name), getattr(original, name)
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_equal_tables_make_equal_files(tmp_path):
+    table().save(tmp_path / "a.npz")
+    table().save(tmp_path / "b.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_the_file_has_the_name_that_was_asked_for(tmp_path):
+    table().save(tmp_path / "reuse.table")
+    assert ReuseTable.load(tmp_path / "reuse.table").max_gap == G
+
+
+def test_correction_is_the_entry_of_anchor_and_gap():
+    found = table().correction(1, 3)
+    np.testing.assert_array_equal(found.gain, table().gain[1, 2])
+    np.testing.assert_array_equal(found.bias, table().bias[1, 2])
+
+
+def test_a_steps_own_correction_is_the_identity():
+    found = table().correction(4, 4)
+    np.testing.assert_array_equal(found.gain, np.ones(C))
+    np.testing.assert_array_equal(found.bias, np.zeros(C))
+
+
+@pytest.mark.parametrize(("anchor", "step"), [(0, 3), (3, 5), (-1, 0), (2, 1)])
+def test_refuses_a_correction_that_was_not_measured(anchor, step):
+    message = (
+        f"no correction was measured for step {step} with anchor {anchor}: the table has steps "
+        "0 to 4 with gaps 0 to 2"
+    )
+    with pytest.raises(CalibrationError, match=f"^{re.escape(message)}$"):
+        table().correction(anchor, step)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            changed("errors", (1, 2), np.nan),
+            "the reuse error of step 3 with anchor 1 (gap 2) is unusable: it must be a number "
+            "of 0 or more",
+        ),
+        (
+            changed("errors", (2, 1), -1),
+            "the reuse error of step 3 with anchor 2 (gap 1) is unusable: it must be a number "
+            "of 0 or more",
+        ),
+        (
+            changed("errors", (3, 0), 1),
+            "the reuse error of step 3 with anchor 3 (gap 0) is unusable: a step's own must be 0",
+        ),
+        (
+            changed("gain", (0, 2, 1), np.inf),
+            "the gain of step 2 with anchor 0 (gap 2) is unusable: every channel must be finite",
+        ),
+        (
+            changed("bias", (3, 1, 0), np.nan),
+            "the bias of step 4 with anchor 3 (gap 1) is unusable: every channel must be finite",
+        ),
+        (
+            changed("timesteps", 2, np.nan),
+            "a timestep of the reuse table is not a number",
+        ),
+        (
+            {"bias": np.ones((T, G + 1, C + 1), np.float32)},
+            "timesteps (5,), errors (5, 3), gain (5, 3, 3) and bias (5, 3, 4) of a reuse table "
+            "do not belong together: they must be (T,), (T, G+1), (T, G+1, C) and (T, G+1, C)",
+        ),
+        (
+            {"errors": np.zeros((T, G + 1), np.float32)},
+            "errors of a reuse table is float32 of shape (5, 3): it must be float64 with 2 "
+            "dimensions, none empty",
+        ),
+        ({"steps": 0}, "steps of a reuse table is 0: it must be 1 or more"),
+        ({"objective": ""}, "objective of a reuse table is empty: name it"),
+        (
+            {"guidance_scale": float("nan")},
+            "guidance_scale of a reuse table is nan: it must be a number",
+        ),
+    ],
+)
+def test_says_which_entry_is_wrong(change, message):
+    with pytest.raises(CalibrationError, match=f"^{re.escape(message)}$"):
+        replace(table(), **change)
+
+
+def test_saving_overwrites_nothing(tmp_path):
+    path = tmp_path / "reuse.npz"
+    path.write_bytes(b"mine")
+    message = f"{path} exists: delete it, or write elsewhere"
+    with pytest.raises(OutputExistsError, match=f"^{re.escape(message)}$"):
+        table().save(path)
+    assert path.read_bytes() == b"mine"
+
+
+def saved(path, **change):
+    table().save(path)
+    with np.load(path) as archive:
+        content = {**archive, **change}
+    path.unlink()
+    np.savez(path, **{key: value for key, value in content.items() if value is not None})
+
+
+def test_a_missing_file_is_missing(tmp_path):
+    path = tmp_path / "reuse.npz"
+    message = f"{path} is missing: copy or build the bundle again"
+    with pytest.raises(BundleError, match=f"^{re.escape(message)}$"):
+        ReuseTable.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04nonsense", b"\x93NUMPY"])
+def test_a_file_of_something_else_is_no_reuse_table(tmp_path, content):
+    path = tmp_path / "reuse.npz"
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=f"^{re.escape(str(path))} is not a reuse table: "):
+        ReuseTable.load(path)
+
+
+def test_a_damaged_file_is_no_reuse_table_wherever_the_damage_is(tmp_path):
+    path = tmp_path / "reuse.npz"
+    table().save(path)
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 37):
+        path.write_bytes(whole[:position])
+        with pytest.raises(BundleError):
+            ReuseTable.load(path)
+        flipped = bytearray(whole)
+        flipped[position] ^= 0xFF
+        path.write_bytes(flipped)
+        try:
+            ReuseTable.load(path)  # a flipped bit that nothing reads, e.g. a time stamp
+        except BundleError:
+            continue
+
+
+def test_a_bare_array_is_no_reuse_table(tmp_path):
+    path = tmp_path / "reuse.npz"
+    with path.open("wb") as stream:
+        np.save(stream, np.zeros(3))
+    message = f"{path} is not a reuse table: it holds one bare array"
+    with pytest.raises(BundleError, match=f"^{re.escape(message)}$"):
+        ReuseTable.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"gain": None}, "it lacks gain"),
+        ({"extra": np.zeros(1)}, "it has the unknown key extra"),
+        ({"steps": np.zeros(2)}, "steps is not a single int"),
+        ({"objective": np.array(3)}, "objective is not a single str"),
+        (
+            {"errors": np.full((T, G + 1), np.nan)},
+            "the reuse error of step 0 with anchor 0 (gap 0) is unusable: it must be a number of "
+            "0 or more",
+        ),
+    ],
+)
+def test_an_archive_of_other_content_is_no_reuse_table(tmp_path, change, fault):
+    path = tmp_path / "reuse.npz"
+    saved(path, **change)
+    message = f"{path} is not a reuse table: {fault}"
+    with pytest.raises(BundleError, match=f"^{re.escape(message)}$"):
+        ReuseTable.load(path)
+
+
+class Detonator:
+    def __reduce__(self):
+        return (pytest.fail, ("pickle was run",))
+
+
+def test_pickle_is_never_run(tmp_path):
+    path = tmp_path / "reuse.npz"
+    saved(path, objective=np.array([Detonator()], dtype=object))
+    with pytest.raises(BundleError, match="is not a reuse table: Object arrays cannot be loaded"):
+        ReuseTable.load(path)

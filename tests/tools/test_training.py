@@ -1,0 +1,74 @@
+from itertools import islice
+
+import pytest
+import torch
+from torch import nn
+
+from cq_edge.scenes import scenes
+from tools.demo_training.data import layout_targets, pictures
+from tools.demo_training.loop import TrainConfig, train
+from tools.demo_training.unet import _stratified_timesteps
+from tools.demo_training.vae import new_vae, normalise_latents
+
+
+def _run(folder, steps_in_turn):
+    """Trains a line to fit y = 3x, stopping and resuming after each of `steps_in_turn`."""
+    average = {}
+    for stop in steps_in_turn:
+        torch.manual_seed(0)
+        line = nn.Linear(1, 1)
+
+        def loss_of_step(step, line=line, stop=stop):
+            if step >= stop:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 1, generator=torch.Generator().manual_seed(step))
+            return (line(x) - 3 * x).square().mean()
+
+        config = TrainConfig("line", 40, 0.1, warmup_steps=5, checkpoint_every=10)
+        try:
+            average = train(config, line, loss_of_step, folder)
+        except KeyboardInterrupt:
+            continue
+    return average
+
+
+def test_a_resumed_training_ends_where_an_unbroken_one_does(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    unbroken = _run(tmp_path / "a", [99])
+    resumed = _run(tmp_path / "b", [15, 33, 99])
+    for name, value in unbroken.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
+    rows = (tmp_path / "b" / "line_loss.csv").read_text().splitlines()
+    assert [int(row.split(",")[0]) for row in rows] == list(range(40))
+
+
+def test_normalised_latents_have_unit_variance_and_decode_to_the_same_picture():
+    torch.manual_seed(0)
+    vae = new_vae().eval().requires_grad_(requires_grad=False)
+    batch = pictures(list(islice(scenes(1, held_out=False), 4)))
+    before = vae.decode(vae.encode(batch).latent_dist.mean).sample
+    std_before = vae.encode(batch).latent_dist.std
+    normalise_latents(vae)
+    after = vae.encode(batch).latent_dist
+    torch.testing.assert_close(vae.decode(after.mean).sample, before, rtol=1e-3, atol=1e-4)
+    assert after.mean.std((0, 2, 3)) == pytest.approx(torch.ones(4), rel=0.5)
+    ratio = (after.std / std_before).mean((0, 2, 3))
+    many = pictures(list(islice(scenes(2, held_out=False), 4)))
+    assert torch.isfinite(vae.encode(many).latent_dist.mean).all()
+    assert (ratio > 0).all()
+
+
+def test_timesteps_cover_the_whole_range_evenly():
+    timesteps = _stratified_timesteps(50, torch.Generator().manual_seed(0))
+    assert (timesteps // 20).tolist() == list(range(50))
+
+
+def test_layout_targets_name_what_lies_under_each_cell():
+    some = list(islice(scenes(5, held_out=False), 20))
+    targets = layout_targets(some, 8)
+    for row, scene in enumerate(some):
+        shape = scene.shapes[0]
+        cell = int(shape.y * 8) * 8 + int(shape.x * 8)
+        assert targets["kind"][row, cell] >= 1
+        assert targets["colour"][row].unique().numel() >= 2
