@@ -446,7 +446,7 @@ def _check_version(version: object, source: str) -> None:
         )
 
 
-def _decode(kind: Any, value: Any, path: str) -> Any:  # noqa: ANN401 - any JSON, any field type
+def _decode(kind: Any, value: Any, path: str) -> Any:
     """Returns a JSON value as what a field's type asks for; `path` names it in messages."""
     origin, arguments = get_origin(kind), get_args(kind)
     if isinstance(value, float) and not math.isfinite(value):
@@ -466,7 +466,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:  # noqa: ANN401 - any JSON
     return _require(kind, value, path)
 
 
-def _decode_record(kind: Any, content: dict[str, Any], path: str) -> Any:  # noqa: ANN401
+def _decode_record(kind: Any, content: dict[str, Any], path: str) -> Any:
     prefix = f"{path}." if path else ""
     known = [record.name for record in fields(kind)]
     for key in content:
@@ -483,7 +483,7 @@ def _decode_record(kind: Any, content: dict[str, Any], path: str) -> Any:  # noq
         raise BundleError(f"{path}: {error}" if path else str(error)) from None
 
 
-def _require(kind: type, value: Any, path: str) -> Any:  # noqa: ANN401
+def _require(kind: type, value: Any, path: str) -> Any:
     """Returns a JSON value of a plain type; a whole number counts as a float."""
     if kind is float and type(value) is int and abs(value) < _LARGEST_FLOAT:
         value = float(value)

@@ -181,7 +181,7 @@ def _read_archive(path: Path) -> dict[str, NDArray[Any]]:
         return dict(archive.items())
 
 
-def _scalar(content: dict[str, NDArray[Any]], name: str, kind: type) -> Any:  # noqa: ANN401
+def _scalar(content: dict[str, NDArray[Any]], name: str, kind: type) -> Any:
     value = content[name].tolist()
     if type(value) is not kind:
         raise CalibrationError(f"{name} is not a single {kind.__name__}")

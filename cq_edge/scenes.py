@@ -45,6 +45,7 @@ _PLACES = {
     "in the bottom left corner": (0.27, 0.73),
     "in the bottom right corner": (0.73, 0.73),
 }
+Plane = NDArray[np.float32]
 _SHAPE_COUNT_ODDS = (0.5, 0.38, 0.12)  # of scenes with one, two, three shapes
 
 
@@ -186,13 +187,13 @@ def render(scene: Scene, side_px: int = 128) -> NDArray[np.uint8]:
         (side_px, side_px, 3) uint8 RGB.
     """
     centre = (np.arange(side_px, dtype=np.float32) + 0.5) / side_px
-    x, y = np.meshgrid(centre, centre)
+    x, y = (plane.astype(np.float32) for plane in np.meshgrid(centre, centre))
     picture = _background(scene, x, y, side_px)
     for shape in scene.shapes:
         dx, dy = x - np.float32(shape.x), y - np.float32(shape.y)
         cos, sin = np.float32(np.cos(shape.angle)), np.float32(np.sin(shape.angle))
-        u = (cos * dx + sin * dy) / np.float32(shape.radius)
-        v = (cos * dy - sin * dx) / np.float32(shape.radius)
+        u = ((cos * dx + sin * dy) / shape.radius).astype(np.float32)
+        v = ((cos * dy - sin * dx) / shape.radius).astype(np.float32)
         distance = _DISTANCES[shape.kind](u, v) * np.float32(shape.radius * side_px)
         cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
         colour = np.array(COLOURS[shape.colour], np.float32)
@@ -287,9 +288,6 @@ def _wave(along: NDArray[np.float32], period: float, side_px: int) -> NDArray[np
     phase = np.abs((along / np.float32(period)) % 1.0 - 0.5) - 0.25
     wave: NDArray[np.float32] = np.clip(0.5 + phase * np.float32(period * side_px), 0.0, 1.0)
     return wave
-
-
-Plane = NDArray[np.float32]
 
 
 def _circle(u: Plane, v: Plane) -> Plane:

@@ -116,7 +116,9 @@ def rewrite_upsamplers(root: nn.Module) -> int:
 
 
 def _checked_resnet(resnet: ResnetBlock2D) -> LeanResnet:
-    if resnet.up or resnet.down or resnet.time_embedding_norm != "default":
+    # without a time embedding (a VAE's resnets) its kind of normalisation has no effect
+    scales = resnet.time_emb_proj is not None and resnet.time_embedding_norm != "default"
+    if resnet.up or resnet.down or scales:
         raise ModelError(
             "a resnet resamples or has time_embedding_norm "
             f"{resnet.time_embedding_norm!r}: only Stable Diffusion's plain resnets can be exported"

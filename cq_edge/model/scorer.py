@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,7 +107,7 @@ def normalise(pictures: torch.Tensor) -> torch.Tensor:
     return (pictures - mean) / torch.tensor(_STD)[:, None, None].to(pictures)
 
 
-def _unit(features: object) -> NDArray[np.float32]:
+def _unit(features: Any) -> NDArray[np.float32]:
     """Returns unit rows; transformers 5 wraps the projected features in an output record."""
     vectors = getattr(features, "pooler_output", features)
     unit: NDArray[np.float32] = torch.nn.functional.normalize(vectors, dim=-1).numpy()

@@ -60,7 +60,7 @@ def train(
             group["lr"] = _learning_rate(config, step)
         loss = loss_of_step(step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         decay = min(config.ema_decay, (1 + step) / (10 + step))

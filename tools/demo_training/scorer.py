@@ -57,7 +57,7 @@ def train_scorer(
         return _loss(parts, normalise((pictures(batch) + 1) / 2).to(device), encoded, targets)
 
     parts.load_state_dict(train(config, parts, loss_of_step, folder))
-    clip: CLIPModel = parts["clip"].eval()  # type: ignore[assignment]
+    clip: CLIPModel = parts["clip"].eval()
     return clip
 
 
@@ -65,7 +65,7 @@ def _loss(
     parts: nn.ModuleDict, pixels: Tensor, encoded: dict[str, Tensor], targets: dict[str, Tensor]
 ) -> Tensor:
     """Returns InfoNCE both ways plus the layout losses; the first B captions are true."""
-    clip: CLIPModel = parts["clip"]  # type: ignore[assignment]
+    clip: CLIPModel = parts["clip"]
     seen = clip.vision_model(pixels)
     read = clip.text_model(encoded["input_ids"])
     image = F.normalize(clip.visual_projection(seen.pooler_output), dim=-1)

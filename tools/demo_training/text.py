@@ -100,5 +100,5 @@ def train_text(
         return reader.loss(both["text"](ids).last_hidden_state, targets)
 
     both.load_state_dict(train(config, both, loss_of_step, folder))
-    text: CLIPTextModel = both["text"].eval()  # type: ignore[assignment]
+    text: CLIPTextModel = both["text"].eval()
     return text

@@ -73,7 +73,8 @@ def train_unet(
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         predicted = unet(noisy, timesteps.to(device), embeddings).sample
         error = (predicted - noise.to(device)).square().mean((1, 2, 3))
-        return (weights[timesteps].to(device) * error).mean()
+        loss: Tensor = (weights[timesteps].to(device) * error).mean()
+        return loss
 
     unet.load_state_dict(train(config, unet, loss_of_step, folder))
     return unet.eval()

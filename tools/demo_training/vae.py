@@ -46,7 +46,9 @@ def train_vae(config: TrainConfig, folder: Path, batch_size: int, device: str) -
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         error = decoded - batch
-        return error.abs().mean() + error.square().mean() + _KL_WEIGHT * posterior.kl().mean()
+        loss: Tensor = error.abs().mean() + error.square().mean()
+        loss = loss + _KL_WEIGHT * posterior.kl().mean()
+        return loss
 
     vae.load_state_dict(train(config, vae, loss_of_step, folder))
     normalise_latents(vae.eval())
@@ -61,7 +63,7 @@ def normalise_latents(vae: AutoencoderKL) -> None:
     the denoiser meets four channels of equal weight; `scaling_factor` is 1.
     """
     sample = pictures(training_scenes(1, 256)).to(vae.device)
-    latents = torch.cat([vae.encode(p).latent_dist.mean for p in sample.split(16)])
+    latents = torch.cat([vae.encode(p).latent_dist.mean for p in torch.split(sample, 16)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     after, before = vae.post_quant_conv, vae.quant_conv
     after.bias += (after.weight[:, :, 0, 0] @ mean[:, None])[:, 0]

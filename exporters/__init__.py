@@ -1,0 +1,1 @@
+"""A graph becomes a file: one door per toolchain, neither knowing the other."""

@@ -1,0 +1,50 @@
+"""Names, shapes and element types of each graph's inputs and outputs: every door obeys them."""
+
+from dataclasses import dataclass
+
+from cq_edge.manifest import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """One graph's contract; inputs and outputs stand in call order."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def graph_specs(
+    latents: tuple[int, int, int],
+    image_px: tuple[int, int],
+    embedding_width: int,
+    feature_channels: int,
+    token_count: int = 77,
+) -> dict[str, GraphSpec]:
+    """Returns the contracts of the four graphs, by name, for batch 1.
+
+    Args:
+        latents: Channels, height and width of the latents.
+        image_px: Height and width of the picture.
+        embedding_width: D of the prompt's embeddings.
+        feature_channels: C of the cached feature, which has the latents' height and width.
+        token_count: L of the prompt.
+    """
+    channels, height, width = latents
+    noisy = TensorSpec("latents", (1, channels, height, width), "float32")
+    timestep = TensorSpec("timestep", (1,), "float32")
+    embeddings = TensorSpec("embeddings", (1, token_count, embedding_width), "float32")
+    feature = TensorSpec("cached_feature", (1, feature_channels, height, width), "float32")
+    gain = TensorSpec("gain", (feature_channels,), "float32")
+    bias = TensorSpec("bias", (feature_channels,), "float32")
+    predicted = TensorSpec("noise_pred", noisy.shape, "float32")
+    ids = TensorSpec("input_ids", (1, token_count), "int64")
+    image = TensorSpec("image", (1, 3, *image_px), "float32")
+    conditioned = (noisy, timestep, embeddings)
+    specs = (
+        GraphSpec("encode", (ids,), (embeddings,)),
+        GraphSpec("denoise", conditioned, (predicted, feature)),
+        GraphSpec("denoise_shallow", (*conditioned, feature, gain, bias), (predicted,)),
+        GraphSpec("decode", (noisy,), (image,)),
+    )
+    return {spec.name: spec for spec in specs}

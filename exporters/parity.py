@@ -1,0 +1,98 @@
+"""The gate of every export: what the file computes against what the float module computes.
+
+Delegation counts prove nothing, since a miscompiled graph delegates as fully as a right one:
+the exported graph is run, and compared in dB.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cq_edge.errors import ParityError
+
+Arrays = Mapping[str, NDArray[np.generic]]
+Graph = Callable[[Arrays], Arrays]
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """How far an exported graph is from its reference, over all inputs; inf where equal.
+
+    Attributes:
+        name: The graph.
+        min_db: The worst input's signal-to-error ratio of the first output.
+        mean_db: The mean over the inputs.
+        floor_db: What `min_db` had to reach.
+        min_db_by_output: The worst input's ratio of every output.
+    """
+
+    name: str
+    min_db: float
+    mean_db: float
+    floor_db: float
+    min_db_by_output: Mapping[str, float]
+
+
+def check_parity(
+    name: str, reference: Graph, exported: Graph, inputs: Sequence[Arrays], floor_db: float
+) -> ParityReport:
+    """Returns the report of an exported graph that computes what its reference does.
+
+    Args:
+        name: The graph, for the report and the error.
+        reference: The float module as a function of named arrays; its outputs' order counts.
+        exported: The file as such a function, returning the same names.
+        inputs: At least one set of real inputs.
+        floor_db: The least ratio allowed for every output and every input.
+
+    Raises:
+        ParityError: If there are no inputs, names or shapes differ, or an output is below
+            the floor or not finite.
+    """
+    if not inputs:
+        raise ParityError(f"graph {name} was compared on no inputs: give at least one set")
+    ratios: dict[str, list[float]] = {}
+    for arrays in inputs:
+        expected, actual = reference(arrays), exported(arrays)
+        if list(expected) != list(actual):
+            raise ParityError(
+                f"graph {name} returns {', '.join(actual)}: its reference returns "
+                f"{', '.join(expected)}"
+            )
+        for output, values in expected.items():
+            ratios.setdefault(output, []).append(_ratio_db(name, output, values, actual[output]))
+    for output, values_db in ratios.items():
+        if not min(values_db) >= floor_db:
+            raise ParityError(
+                f"graph {name} computes something else than its float module: {output} agrees "
+                f"to {min(values_db):.1f} dB, and at least {floor_db:.1f} dB are required"
+            )
+    first = next(iter(ratios.values()))
+    worst = {output: min(values_db) for output, values_db in ratios.items()}
+    return ParityReport(name, min(first), sum(first) / len(first), floor_db, worst)
+
+
+def signal_to_error_db(reference: NDArray[np.generic], other: NDArray[np.generic]) -> float:
+    """Returns 10·log10(Σ reference² / Σ (reference − other)²) in float64; inf where equal."""
+    exact = reference.astype(np.float64)
+    error = float(np.square(exact - other.astype(np.float64)).sum())
+    signal = float(np.square(exact).sum())
+    if error == 0.0:
+        return math.inf
+    if not math.isfinite(error) or not math.isfinite(signal):
+        return math.nan
+    return -math.inf if signal == 0.0 else 10.0 * math.log10(signal / error)
+
+
+def _ratio_db(
+    name: str, output: str, expected: NDArray[np.generic], actual: NDArray[np.generic]
+) -> float:
+    if expected.shape != actual.shape:
+        raise ParityError(
+            f"graph {name} returns {output} of shape {list(actual.shape)}: its reference's is "
+            f"{list(expected.shape)}"
+        )
+    return signal_to_error_db(expected, actual)

@@ -1,0 +1,151 @@
+"""torch modules become one ExecuTorch program file with a method each, delegated to XNNPACK.
+
+Weights that methods share are stored once, under the hash of their content.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+from executorch.backends.xnnpack.partition.config.generic_node_configs import CatConfig
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from cq_edge.errors import ExportError
+from exporters.graph_spec import GraphSpec
+from exporters.operator_report import OperatorReport, operator_report
+from exporters.parity import Arrays
+from exporters.xnnpack_mend import mended_channels_last_pass
+from exporters.xnnpack_peephole import simplified_xnnpack_graphs
+
+Modules = Mapping[str, tuple[nn.Module, tuple[Tensor, ...]]]
+_DTYPES = {"float32": np.float32, "int64": np.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What was written: the file's bytes and each graph's delegation."""
+
+    bytes: int
+    graphs: Mapping[str, OperatorReport]
+
+
+def export_executorch(modules: Modules, path: Path) -> ExportReport:
+    """Writes one `.pte` whose methods are the given modules, and returns what it holds.
+
+    The file is written beside its place and then renamed, so that no half of one is ever found
+    there. That it computes the right numbers is for `parity.check_parity` to say.
+
+    Args:
+        modules: For each method its module, in evaluation mode and float32 or quantised, and
+            example inputs, whose shapes the method has from then on.
+        path: The file; what is there is replaced.
+
+    Raises:
+        ExportError: If a module cannot be traced or lowered; names the method.
+    """
+    with _quiet():
+        programs = {name: _trace(name, *traced) for name, traced in modules.items()}
+        try:
+            with mended_channels_last_pass(), simplified_xnnpack_graphs():
+                edge = to_edge_transform_and_lower(
+                    programs,
+                    partitioner=[XnnpackPartitioner(configs=_partitioner_configs())],
+                    compile_config=EdgeCompileConfig(_check_ir_validity=False),
+                )
+            graphs = {name: operator_report(edge.exported_program(name)) for name in modules}
+            content = edge.to_executorch().buffer
+        except Exception as error:
+            raise ExportError(f"{', '.join(modules)} could not be lowered: {error}") from error
+    beside = path.with_name(f"{path.name}.partial")
+    beside.write_bytes(content)
+    beside.replace(path)
+    return ExportReport(len(content), graphs)
+
+
+def load_graph(path: Path, spec: GraphSpec) -> Callable[[Arrays], dict[str, NDArray[np.generic]]]:
+    """Returns the file's method `spec.name` as a function of named arrays.
+
+    For checking exports here; what ships runs through `runtime`.
+
+    Raises:
+        ExportError: If the file has no such method.
+    """
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(path)
+    if spec.name not in program.method_names:
+        has = ", ".join(sorted(program.method_names))
+        raise ExportError(f"{path.name} has no method {spec.name}: it has {has}")
+    method = program.load_method(spec.name)
+
+    def run(arrays: Arrays) -> dict[str, NDArray[np.generic]]:
+        inputs = [
+            torch.from_numpy(np.ascontiguousarray(arrays[i.name], dtype=_DTYPES[i.dtype]))
+            for i in spec.inputs
+        ]
+        outputs = method.execute(inputs)
+        # the engine reuses its output buffers in the next run
+        return {o.name: t.numpy().copy() for o, t in zip(spec.outputs, outputs, strict=True)}
+
+    return run
+
+
+def module_graph(
+    module: nn.Module, spec: GraphSpec
+) -> Callable[[Arrays], dict[str, NDArray[np.generic]]]:
+    """Returns a module as the same kind of function, the reference of `check_parity`."""
+
+    @torch.no_grad()
+    def run(arrays: Arrays) -> dict[str, NDArray[np.generic]]:
+        outputs = module(*(torch.from_numpy(np.asarray(arrays[i.name])) for i in spec.inputs))
+        if isinstance(outputs, Tensor):
+            outputs = (outputs,)
+        return {o.name: t.numpy() for o, t in zip(spec.outputs, outputs, strict=True)}
+
+    return run
+
+
+class _SelfCatConfig(CatConfig):  # type: ignore[misc]
+    """Also takes a concatenation of a tensor with itself, which is nearest upsampling."""
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        """Returns whether two tensors or more are concatenated, equal ones counted apart."""
+        return bool(self.check_common_constraints(node, ep)) and len(node.args[0]) >= 2
+
+
+def _partitioner_configs() -> list[type]:
+    return [_SelfCatConfig if c is CatConfig else c for c in ALL_PARTITIONER_CONFIGS]
+
+
+def _trace(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    if module.training:
+        raise ExportError(f"graph {name} is in training mode: call eval() on its module first")
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, inputs, strict=False)
+    except Exception as error:
+        raise ExportError(f"graph {name} could not be traced: {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the toolchain's deprecation warnings and logs; errors still raise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
