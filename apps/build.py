@@ -5,34 +5,49 @@ import json
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from apps.replacing import check_replaceable, written_beside
 from cq_edge import __version__
 from cq_edge.errors import UsageError
-from cq_edge.noise_scheduler import NAMES
+from cq_edge.manifest import (
+    Defaults,
+    GraphEntry,
+    ImageSize,
+    LatentShape,
+    Manifest,
+    ReuseTableEntry,
+    TokenizerEntry,
+    write_manifest,
+)
+from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+    from torch import Tensor, nn
 
-    from cq_edge.manifest import Manifest
-    from cq_edge.model.optimize import OptimizeConfig, Optimized
+    from cq_edge.model.optimize import Optimized
+    from exporters.graph_spec import GraphSpec
+    from exporters.method_bytes import MethodBytes
+    from exporters.operator_report import OperatorReport
+    from exporters.parity import ParityReport
 
 GRAPHS_FILE = "graphs.pte"
-# parity floors in dB: float32 graphs differ by rounding alone, int8 ones by their quantisation
+# least parity in dB: float32 graphs differ by rounding alone, int8 ones by their quantisation
 _FLOORS_DB = {"none": 60.0, "int8": 20.0}
-_FLOAT_GRAPHS = ("encode", "decode")
+_UNET_GRAPHS = ("denoise", "denoise_shallow")
 
 _DESCRIPTION = """\
 Builds a bundle from a Stable Diffusion pipeline: quantises its UNet, splits it into a full and
 a shallow graph, measures on prompts what reusing features costs, exports everything as one
 ExecuTorch program, and checks each exported graph against the float module before anything
-is written."""
+is put in place."""
 
 _EXAMPLES = """\
 examples:
@@ -44,14 +59,12 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class _GraphResult:
-    """What one exported graph weighs and how it was checked."""
+    """What one exported graph takes, how it agrees and where its operators run."""
 
-    bytes: int
-    parity_db: float
-    floor_db: float
-    delegated_macs_share: float
-    delegated_ops_share: float
-    outside: dict[str, int]
+    spec: "GraphSpec"
+    size: "MethodBytes"
+    parity: "ParityReport"
+    operators: "OperatorReport"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,16 +100,20 @@ def run(args: argparse.Namespace) -> int:
     """
     start = perf_counter()
     check_replaceable(args.output, force=args.force)
-    prompts = _read_prompts(args.prompts) if args.prompts is not None else None
+    if args.max_gap < 1:
+        raise UsageError(f"--max-gap is {args.max_gap}: a shallow step needs 1 or more")
+    prompts = None if args.prompts is None else _read_prompts(args.prompts)
     # the torch side takes seconds to import: only once the arguments are known to be good
     from cq_edge.model.load import load_pipeline
     from cq_edge.model.optimize import OptimizeConfig, optimize
     from cq_edge.model.prompts import WORLD_PROMPTS, scene_prompts
-    from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
     pipeline = load_pipeline(args.model)
     if prompts is None:
         prompts = tuple(scene_prompts(8)) if args.model is None else WORLD_PROMPTS
+    schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
+    total = len(make_noise_scheduler(args.scheduler, args.steps, schedule).timesteps)
+    full_steps = _full_steps(args.full_steps, total, args.max_gap)
     config = OptimizeConfig(
         prompts=prompts,
         noise_scheduler=args.scheduler,
@@ -106,15 +123,16 @@ def run(args: argparse.Namespace) -> int:
         shallow_layers=args.shallow_layers,
         quantization=args.quantization,
     )
-    schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
-    total = len(make_noise_scheduler(args.scheduler, args.steps, schedule).timesteps)
-    full_steps = _full_steps(args.full_steps, total, args.max_gap)
     with tqdm(total=total * len(prompts), desc="calibrate", unit="step") as progress:
         optimized = optimize(pipeline, config, on_step=progress.update)
+    defaults = Defaults(args.scheduler, args.steps, args.guidance_scale, full_steps)
     with written_beside(args.output) as folder:
-        results, unet_compression, shared_overhead = _export(optimized, config, folder)
-        _write_bundle(folder, pipeline, config, optimized, results, full_steps, _name(args.model))
-    _report(args, results, unet_compression, shared_overhead, perf_counter() - start)
+        results = _export(optimized, pipeline, args.quantization, folder)
+        _write_tables(optimized, pipeline, folder)
+        name = "cq-edge demo model" if args.model is None else Path(args.model).name
+        write_manifest(folder, _manifest(name, optimized, pipeline, results, defaults))
+    parameters = sum(p.numel() for p in pipeline.unet.parameters())
+    _report(args, _summary(args.output, results, 4 * parameters, perf_counter() - start), results)
     return 0
 
 
@@ -141,5 +159,203 @@ def _full_steps(asked: int | None, total: int, max_gap: int) -> int:
     return chosen
 
 
-def _name(model: str | None) -> str:
-    return "cq-edge demo model" if model is None else Path(model).name
+def _latent_shape(pipeline: "StableDiffusionPipeline") -> LatentShape:
+    config = pipeline.unet.config
+    return LatentShape(config.in_channels, config.sample_size, config.sample_size)
+
+
+def _image_size(pipeline: "StableDiffusionPipeline") -> ImageSize:
+    latents, scale = _latent_shape(pipeline), pipeline.vae_scale_factor
+    return ImageSize(latents.height * scale, latents.width * scale)
+
+
+def _export(
+    optimized: "Optimized", pipeline: "StableDiffusionPipeline", quantization: str, folder: Path
+) -> dict[str, _GraphResult]:
+    """Writes the graphs' file and returns how each graph was exported and checked.
+
+    Raises:
+        ExportError: A graph cannot be exported.
+        ParityError: An exported graph computes something else than its float module.
+    """
+    from exporters.graph_spec import graph_specs
+    from exporters.method_bytes import method_bytes
+    from exporters.parity import check_parity
+    from exporters.to_executorch import export_executorch, load_graph, module_graph
+
+    path = folder / GRAPHS_FILE
+    latents, image = _latent_shape(pipeline), _image_size(pipeline)
+    specs = graph_specs(
+        (latents.channels, latents.height, latents.width),
+        (image.height, image.width),
+        embedding_width=pipeline.unet.config.cross_attention_dim,
+        feature_channels=optimized.calibration.table.channels,
+        token_count=pipeline.tokenizer.model_max_length,
+    )
+    inputs = optimized.parity_inputs()
+    with tqdm(total=1 + len(specs), desc="export", unit="stage") as progress:
+        progress.set_postfix_str("lowering to XNNPACK: the longest stage")
+        report = export_executorch(_with_examples(optimized.edge, specs), path)
+        progress.update()
+        sizes = method_bytes(path)
+        results = {}
+        for name, spec in specs.items():
+            progress.set_postfix_str(f"running {name} against the float module")
+            parity = check_parity(
+                name,
+                module_graph(optimized.reference[name], spec),
+                load_graph(path, spec),
+                inputs[name],
+                _FLOORS_DB[quantization if name in _UNET_GRAPHS else "none"],
+            )
+            progress.update()
+            results[name] = _GraphResult(spec, sizes[name], parity, report.graphs[name])
+    return results
+
+
+def _with_examples(
+    modules: "Mapping[str, nn.Module]", specs: "Mapping[str, GraphSpec]"
+) -> "dict[str, tuple[nn.Module, tuple[Tensor, ...]]]":
+    """Returns each module with inputs of its graph's shapes and types."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "int64": torch.int64}
+    return {
+        name: (
+            module.eval(),
+            tuple(torch.zeros(t.shape, dtype=dtypes[t.dtype]) for t in specs[name].inputs),
+        )
+        for name, module in modules.items()
+    }
+
+
+def _write_tables(
+    optimized: "Optimized", pipeline: "StableDiffusionPipeline", folder: Path
+) -> None:
+    """Writes the reuse table and the tokenizer's vocabulary into the folder."""
+    from cq_edge.model.vocabulary import write_vocabulary
+
+    optimized.calibration.table.save(folder / _table_file(optimized))
+    write_vocabulary(pipeline.tokenizer, folder / "tokenizer")
+
+
+def _table_file(optimized: "Optimized") -> str:
+    table = optimized.calibration.table
+    return f"reuse_{table.noise_scheduler}_{table.steps}.npz"
+
+
+def _manifest(
+    name: str,
+    optimized: "Optimized",
+    pipeline: "StableDiffusionPipeline",
+    results: Mapping[str, _GraphResult],
+    defaults: Defaults,
+) -> Manifest:
+    tokenizer = pipeline.tokenizer
+    return Manifest(
+        name=name,
+        cq_edge_version=__version__,
+        latents=_latent_shape(pipeline),
+        image_px=_image_size(pipeline),
+        graphs={
+            graph: GraphEntry(
+                file=GRAPHS_FILE,
+                method=graph,
+                backend="xnnpack",
+                inputs=result.spec.inputs,
+                outputs=result.spec.outputs,
+                parity_db=result.parity.min_db,
+                parity_floor_db=result.parity.floor_db,
+                delegated_macs_share=result.operators.delegated_macs_share,
+                delegated_ops_share=result.operators.delegated_ops_share,
+            )
+            for graph, result in results.items()
+        },
+        noise_schedule=optimized.noise_schedule,
+        defaults=defaults,
+        tokenizer=TokenizerEntry(
+            "tokenizer/vocab.json",
+            "tokenizer/merges.txt",
+            tokenizer.model_max_length,
+            tokenizer.bos_token,
+            tokenizer.eos_token,
+            tokenizer.pad_token,
+        ),
+        reuse_tables=(
+            ReuseTableEntry(_table_file(optimized), defaults.noise_scheduler, defaults.steps),
+        ),
+        conditions=_conditions(optimized.quantization),
+    )
+
+
+def _conditions(quantization: str) -> dict[str, str | int | float]:
+    from importlib.metadata import version
+
+    libraries = {name: version(name) for name in ("torch", "executorch", "torchao", "diffusers")}
+    system = {"machine": platform.machine(), "system": platform.system()}
+    return {"quantization": quantization, **libraries, **system}
+
+
+def _summary(
+    folder: Path, results: Mapping[str, _GraphResult], float_bytes: int, seconds: float
+) -> dict[str, Any]:
+    """Returns what `--json` prints.
+
+    `unet_compression` is the float32 bytes of the UNet's parameters over the bytes of the
+    weights that its two graphs keep in the file; `shared_overhead` is what both graphs take
+    together, programs included, over what the full graph takes alone.
+    """
+    from exporters.method_bytes import together
+
+    unet = together(results[name].size for name in _UNET_GRAPHS)
+    return {
+        "bundle": str(folder),
+        "graphs": {
+            name: {
+                "bytes": result.size.total_bytes,
+                "parity_db": round(min(result.parity.min_db, 999.0), 2),
+                "delegated_macs_share": round(result.operators.delegated_macs_share, 5),
+                "delegated_ops_share": round(result.operators.delegated_ops_share, 5),
+                "delegates": result.operators.delegates,
+                "outside": dict(result.operators.outside),
+            }
+            for name, result in results.items()
+        },
+        "unet_compression": round(float_bytes / sum(unet.weights.values()), 4),
+        "shared_overhead": round(unet.total_bytes / results["denoise"].size.total_bytes, 5),
+        "peak_memory_mib": round(_peak_memory_mib(), 1),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _peak_memory_mib() -> float:
+    """Returns the process's largest resident size so far (Linux counts it in KiB, macOS in
+    bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def _report(
+    args: argparse.Namespace, summary: Mapping[str, Any], results: Mapping[str, _GraphResult]
+) -> None:
+    if args.json:
+        print(json.dumps(summary))
+        return
+    print(f"{'graph':16} {'MB':>7} {'parity dB':>10} {'floor':>6} {'MACs in':>8} {'ops in':>7}  "
+          "outside the delegate")  # fmt: skip
+    for name, result in results.items():
+        ops = result.operators
+        outside = ", ".join(f"{n} {op}" for op, n in ops.outside.items()) or "nothing"
+        print(
+            f"{name:16} {result.size.total_bytes / 1e6:7.2f} {result.parity.min_db:10.1f} "
+            f"{result.parity.floor_db:6.0f} {ops.delegated_macs_share:8.2%} "
+            f"{ops.delegated_ops_share:7.1%}  {outside}"
+        )
+    print(
+        f"UNet weights {summary['unet_compression']:.2f} times smaller than float32; full and "
+        f"shallow take {summary['shared_overhead'] - 1:.2%} more than full alone"
+    )
+    print(
+        f"{args.output}: built in {summary['seconds']:.0f} s, "
+        f"{summary['peak_memory_mib']:.0f} MiB at most"
+    )

@@ -82,7 +82,10 @@ def multiply_adds(node: torch.fx.Node) -> int:
 
 def _operators(program: ExportedProgram) -> Iterator[torch.fx.Node]:
     for node in program.graph.nodes:
-        if node.op == "call_function" and _name(node) not in ("getitem", "executorch_call_delegate"):
+        if node.op == "call_function" and _name(node) not in (
+            "getitem",
+            "executorch_call_delegate",
+        ):
             yield node
 
 

@@ -70,7 +70,9 @@ class DecodeGraph(nn.Module):
 class _TextLayer(nn.Module):
     """One pre-normalised transformer layer of CLIP with causal attention."""
 
-    def __init__(self, layer: nn.Module, heads: int, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, layer: nn.Module, heads: int, activation: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.activation = activation

@@ -51,9 +51,7 @@ class LeanTimesteps(nn.Module):
         self.cosine_first = timesteps.flip_sin_to_cos
         exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32)
         frequencies = torch.exp(exponent / (half - timesteps.downscale_freq_shift))
-        self.register_buffer(
-            "frequencies", (timesteps.scale * frequencies)[None], persistent=False
-        )
+        self.register_buffer("frequencies", (timesteps.scale * frequencies)[None], persistent=False)
 
     def forward(self, timestep: Tensor) -> Tensor:
         """Returns (B, channels) for (B,) timesteps."""

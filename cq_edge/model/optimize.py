@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from cq_edge.errors import UsageError
 from cq_edge.model.capture import Calibration, capture
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
-from cq_edge.model.prompts import embed_prompts
+from cq_edge.model.prompts import embed_prompts, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import FullUNet, ShallowUNet, split_unet
@@ -56,6 +59,31 @@ class Optimized:
     edge: dict[str, nn.Module]
     calibration: Calibration
     noise_schedule: NoiseScheduleConfig
+    quantization: str
+    token_ids: tuple[NDArray[np.int64], ...]
+
+    def parity_inputs(self) -> dict[str, list[dict[str, NDArray[Any]]]]:
+        """Returns for each graph the inputs to check its export with, all from calibration."""
+        table, samples = self.calibration.table, self.calibration.samples
+        full = [
+            {
+                "latents": sample.latents,
+                "timestep": np.array([sample.timestep], np.float32),
+                "embeddings": sample.embeddings,
+            }
+            for sample in samples
+        ]
+        shallow = []
+        for inputs, sample in zip(full, samples, strict=True):
+            correction = table.correction(sample.step - sample.gap, sample.step)
+            reused = {"cached_feature": sample.anchor_feature}
+            shallow.append({**inputs, **reused, "gain": correction.gain, "bias": correction.bias})
+        return {
+            "encode": [{"input_ids": ids} for ids in self.token_ids],
+            "denoise": full,
+            "denoise_shallow": shallow,
+            "decode": [{"latents": latents} for latents in self.calibration.final_latents],
+        }
 
 
 def optimize(
@@ -87,21 +115,34 @@ def optimize(
         max_gap=config.max_gap,
         on_step=on_step,
     )
-    encode, decode = EncodeGraph(pipeline.text_encoder), DecodeGraph(pipeline.vae)
+    decode = DecodeGraph(pipeline.vae)
     reference: dict[str, nn.Module] = {
-        "encode": encode,
+        "encode": _FirstOutput(pipeline.text_encoder),
         "denoise": full,
         "denoise_shallow": shallow,
         "decode": decode,
     }
     edge_full, edge_shallow = edge_unet(full, shallow, config.quantization)
     edge: dict[str, nn.Module] = {
-        "encode": encode,
+        "encode": rewrite_for_xnnpack(EncodeGraph(pipeline.text_encoder)),
         "denoise": edge_full,
         "denoise_shallow": edge_shallow,
         "decode": rewrite_for_xnnpack(decode),
     }
-    return Optimized(reference, edge, calibration, noise_schedule)
+    ids = tuple(token_ids(pipeline, prompt).numpy() for prompt in config.prompts)
+    return Optimized(reference, edge, calibration, noise_schedule, config.quantization, ids)
+
+
+class _FirstOutput(nn.Module):
+    """A module that returns a record, reduced to the record's first tensor."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        first: Tensor = self.module(*inputs)[0]
+        return first
 
 
 @torch.no_grad()

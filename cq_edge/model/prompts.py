@@ -34,11 +34,12 @@ def embed_prompts(
     pipeline: StableDiffusionPipeline, prompts: Sequence[str], negative: str = ""
 ) -> list[tuple[Tensor, Tensor]]:
     """Returns for each prompt the (uncond, cond) embeddings, each (1, 77, D) float32."""
-    uncond = pipeline.text_encoder(_ids(pipeline, negative))[0]
-    return [(uncond, pipeline.text_encoder(_ids(pipeline, prompt))[0]) for prompt in prompts]
+    uncond = pipeline.text_encoder(token_ids(pipeline, negative))[0]
+    return [(uncond, pipeline.text_encoder(token_ids(pipeline, prompt))[0]) for prompt in prompts]
 
 
-def _ids(pipeline: StableDiffusionPipeline, prompt: str) -> Tensor:
+def token_ids(pipeline: StableDiffusionPipeline, prompt: str) -> Tensor:
+    """Returns (1, 77) int64, padded and cut as diffusers does."""
     ids: Tensor = pipeline.tokenizer(
         prompt, padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids

@@ -8,9 +8,7 @@ from torch import nn
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-def replace_modules(
-    root: nn.Module, kind: type[Kind], build: Callable[[Kind], nn.Module]
-) -> int:
+def replace_modules(root: nn.Module, kind: type[Kind], build: Callable[[Kind], nn.Module]) -> int:
     """Replaces every submodule of a kind below `root` and returns how many there were.
 
     Args:

@@ -8,6 +8,8 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from cq_edge.model.vocabulary import write_vocabulary
+
 
 def package_pipeline(
     tokenizer: CLIPTokenizer,
@@ -38,6 +40,7 @@ def package_pipeline(
     shutil.rmtree(folder, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(folder)
     pipeline.to(torch.float32)
+    write_vocabulary(tokenizer, folder / "tokenizer")
     _forget_where_from(folder)
 
 
