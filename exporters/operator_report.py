@@ -84,7 +84,7 @@ def _operators(program: ExportedProgram) -> Iterator[torch.fx.Node]:
     for node in program.graph.nodes:
         if node.op == "call_function" and _name(node) not in (
             "getitem",
-            "executorch_call_delegate",
+            "executorch_call_delegate.default",
         ):
             yield node
 

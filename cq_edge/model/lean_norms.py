@@ -1,10 +1,10 @@
 """Group and layer normalisation in operators that XNNPACK has.
 
-XNNPACK has neither, and its only mean is over the whole picture. The mean over a group is that
-mean, followed by a grouped 1×1 convolution that averages within each group and spreads the
-result back over the group's channels in one go; the mean over a token's channels is a linear
-layer of one output. Their constant weights depend on the widths alone, so that a file which
-stores equal data once stores them once per width.
+XNNPACK has neither, and its only mean is over a picture's height and width. The mean over a
+group is that mean, reshaped so that a group's channels become the height of another picture,
+and that one's mean; adding zeros of a group's width spreads the result back over its channels.
+The mean over a token's channels is a linear layer of one output. What constants this takes
+depends on the widths alone, so that a file which stores equal data once holds next to none.
 """
 
 import torch
@@ -17,34 +17,38 @@ from cq_edge.model.surgery import replace_modules
 class LeanGroupNorm(nn.Module):
     """torch.nn.GroupNorm of (B, C, H, W), numerically equal to it."""
 
-    spread: Tensor
+    zeros: Tensor
     epsilon: Tensor
     weight: Tensor | None
     bias: Tensor | None
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
-        width = norm.num_channels // norm.num_groups
         self.groups = norm.num_groups
-        self.register_buffer(
-            "spread", torch.full((norm.num_channels, width, 1, 1), 1.0 / width), persistent=False
-        )
-        self.register_buffer(
-            "epsilon", torch.full((norm.num_channels,), norm.eps), persistent=False
-        )
+        self.width = norm.num_channels // norm.num_groups
+        self.register_buffer("zeros", torch.zeros(1, 1, self.width, 1), persistent=False)
+        self.register_buffer("epsilon", torch.full((1, 1, 1, 1), norm.eps), persistent=False)
         self.weight = _as_parameter(norm.weight, (1, -1, 1, 1))
         self.bias = _as_parameter(norm.bias, (1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the normalised (B, C, H, W)."""
-        mean = F.conv2d(x.mean((2, 3), keepdim=True), self.spread, groups=self.groups)
-        centred = x - mean
-        power = (centred * centred).mean((2, 3), keepdim=True)
-        gain = torch.rsqrt(F.conv2d(power, self.spread, self.epsilon, groups=self.groups))
+        centred = x - self._spread(self._mean(x))
+        power = self._mean(centred * centred)
+        gain = self._spread(torch.rsqrt(power + self.epsilon))
         if self.weight is not None:
             gain = gain * self.weight
         scaled = centred * gain
         return scaled if self.bias is None else scaled + self.bias
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """Returns each group's mean, (B, G, 1, 1), of (B, C, H, W)."""
+        by_group = x.mean((2, 3), keepdim=True).reshape(-1, self.groups, self.width, 1)
+        return by_group.mean((2, 3), keepdim=True)
+
+    def _spread(self, groups: Tensor) -> Tensor:
+        """Returns (B, C, 1, 1): each of (B, G, 1, 1) once per channel of its group."""
+        return (groups + self.zeros).reshape(-1, self.groups * self.width, 1, 1)
 
 
 class LeanLayerNorm(nn.Module):
