@@ -98,7 +98,7 @@ def _name(node: torch.fx.Node) -> str:
     return text if text.count(".") > 1 else f"{text}.{overload}"
 
 
-def _shape(node: Any) -> tuple[int, ...]:  # noqa: ANN401 - torch.fx's arguments are a wide union
+def _shape(node: Any) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
 
 

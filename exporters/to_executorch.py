@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +122,8 @@ class _SelfCatConfig(CatConfig):  # type: ignore[misc]
 
     def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
         """Returns whether two tensors or more are concatenated, equal ones counted apart."""
-        return bool(self.check_common_constraints(node, ep)) and len(node.args[0]) >= 2
+        tensors: Any = node.args[0]
+        return bool(self.check_common_constraints(node, ep)) and len(tensors) >= 2
 
 
 def _partitioner_configs() -> list[type]:

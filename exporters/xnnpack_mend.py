@@ -15,7 +15,7 @@ import torch
 from executorch.backends.xnnpack._passes.channels_last_tagged_reshape_pass import (
     ChannelsLastTaggedReshapePass,
 )
-from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_dynamic_qdq, is_quant
+from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_dynamic_qdq
 from executorch.exir.dialects._ops import ops as exir_ops
 
 _PARTNER = ChannelsLastTaggedReshapePass.PARTNER_NODE
@@ -33,18 +33,21 @@ def mended_channels_last_pass() -> Iterator[None]:
 
 
 def _input_to_nhwc(
-    self: Any, graph_module: torch.fx.GraphModule, input_node: torch.fx.Node, target: torch.fx.Node
+    self: Any,
+    graph_module: torch.fx.GraphModule,
+    input_node: torch.fx.Node,
+    target_node: torch.fx.Node,
 ) -> None:
     if not (is_dequant(input_node) and is_dynamic_qdq(input_node)):
-        _original_input_to_nhwc(self, graph_module, input_node, target)
+        _original_input_to_nhwc(self, graph_module, input_node, target_node)
         return
-    quantise = input_node.args[0]
+    quantise: Any = input_node.args[0]
     picture = quantise.args[0]
-    if self.is_nhwc_node(picture) if picture.op != "placeholder" else False:
+    if picture.op != "placeholder" and self.is_nhwc_node(picture):
         return
-    readers = [quantise, quantise.args[1].args[0]]
+    chooses_parameters = quantise.args[1].args[0]
     turned = _channels_last_copy(self, graph_module, picture)
-    for reader in readers:
+    for reader in (quantise, chooses_parameters):
         reader.replace_input_with(picture, turned)
 
 
@@ -52,8 +55,10 @@ def _channels_last_copy(
     self: Any, graph_module: torch.fx.GraphModule, picture: torch.fx.Node
 ) -> torch.fx.Node:
     """Returns the one channels-last copy of a picture, made where there is none yet."""
+    turned: torch.fx.Node
     if _PARTNER in picture.meta:
-        return picture.meta[_PARTNER]
+        turned = picture.meta[_PARTNER]
+        return turned
     with graph_module.graph.inserting_after(picture):
         turned = self.create_call_function_node(
             graph_module=graph_module,

@@ -86,9 +86,9 @@ class _Simplifier:
     def _reach_through(self, operator: XNNStaticTranspose | XNNStaticReshape) -> None:
         """Makes a transpose of a transpose, or reshape of a reshape, read the original."""
         producer = self.producers.get(operator.input_id)
-        before = None if producer is None else producer.xnode_union
-        if type(before) is not type(operator):
+        if producer is None or type(producer.xnode_union) is not type(operator):
             return
+        before: Any = producer.xnode_union
         if isinstance(operator, XNNStaticTranspose):
             operator.perm = [before.perm[axis] for axis in operator.perm]
         operator.input_id = before.input_id
@@ -135,7 +135,7 @@ def _live(nodes: list[XNode], needed: set[int]) -> list[XNode]:
     return kept[::-1]
 
 
-def _tensor(value: Any) -> XNNTensorValue:  # noqa: ANN401 - a union without a common base
+def _tensor(value: Any) -> XNNTensorValue:
     union = value.xvalue_union
     return union.tensor_value if isinstance(union, XNNQuantizedTensorValue) else union
 

@@ -5,7 +5,7 @@ steps on the same trajectory: their L1 distance (the paper's objective) and the 
 correction that maps one onto the other best.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,7 @@ def capture(
         noise_scheduler: Of T steps.
         latents_shape: (4, h, w).
         guidance_scale: 1.0 runs the guided branch alone.
-        max_gap: The largest gap measured; cut to T − 1.
+        max_gap: The largest gap measured; cut to T - 1.
         seed: Of the initial noise; prompt n takes seed + n.
         sampled_steps: How many steps of each prompt go into `samples`, spread evenly.
         on_step: Called after each step of each prompt, for progress bars.
@@ -79,53 +79,75 @@ def capture(
         raise CalibrationError("calibration needs at least one prompt")
     total = len(noise_scheduler.timesteps)
     max_gap = min(max_gap, total - 1)
-    sums: list[list[_PairSum]] = [
-        [_PairSum() for _ in range(min(max_gap, total - 1 - i))] for i in range(total)
-    ]
+    sums = [[_PairSum() for _ in range(min(max_gap, total - 1 - i))] for i in range(total)]
     kept = set(np.linspace(0, total - 1, sampled_steps).round().astype(int).tolist())
     samples: list[StepSample] = []
     finals: list[NDArray[np.float32]] = []
     for number, (uncond, cond) in enumerate(embeddings):
-        noise = np.random.Generator(np.random.PCG64(seed + number)).standard_normal(
-            (1, *latents_shape), dtype=np.float32
-        )
-        latents = torch.from_numpy(noise) * noise_scheduler.init_noise_sigma
-        history: tuple[Tensor, ...] = ()
+        context = cond if guidance_scale == 1.0 else torch.cat([uncond, cond])
+        noise = _noise((1, *latents_shape), seed + number) * noise_scheduler.init_noise_sigma
         features: list[NDArray[np.float32]] = []
-        guided = guidance_scale != 1.0
-        context = torch.cat([uncond, cond]) if guided else cond
-        for step, timestep in enumerate(noise_scheduler.timesteps):
-            scaled = noise_scheduler.model_input(latents, step)
-            batch = scaled.expand(len(context), -1, -1, -1)
-            noise_pred, feature = full(batch, torch.tensor([timestep]), context)
-            if not bool(torch.isfinite(noise_pred).all() and torch.isfinite(feature).all()):
-                raise CalibrationError(
-                    f"prompt {number}, step {step}: the denoiser gave a non-finite prediction"
-                )
-            features.append(feature.numpy())
+        for visit in _trajectory(full, context, noise_scheduler, noise, guidance_scale, number):
+            step = visit.step
+            features.append(visit.feature)
             for gap in range(1, min(max_gap, step) + 1):
                 sums[step - gap][gap - 1].add(features[step - gap], features[step])
             if step in kept:
-                gap = min(step, 1 + len(samples) % max_gap) if max_gap else 0
-                samples.append(
-                    StepSample(
-                        step,
-                        gap,
-                        float(timestep),
-                        scaled.numpy(),
-                        cond.numpy(),
-                        features[step - gap][-1:],
-                    )
-                )
-            if guided:
-                noise_pred = noise_pred[:1] + guidance_scale * (noise_pred[1:] - noise_pred[:1])
-            latents, history = noise_scheduler.advance(latents, noise_pred, step, history)
+                gap = min(step, 1 + len(samples) % max(1, max_gap))
+                samples.append(visit.sample(gap, cond, features[step - gap]))
             if step >= max_gap:
-                features[step - max_gap] = features[step][:0]  # no later step looks so far back
+                features[step - max_gap] = visit.feature[:0]  # no later step looks so far back
             on_step()
-        finals.append(latents.numpy())
+        finals.append(visit.after.numpy())
     table = _table(sums, max_gap, noise_scheduler, guidance_scale)
     return Calibration(table, tuple(samples), tuple(finals))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Visit:
+    """One step of one prompt: what the network saw, its feature, and the latents after it."""
+
+    step: int
+    timestep: float
+    seen: Tensor
+    feature: NDArray[np.float32]
+    after: Tensor
+
+    def sample(self, gap: int, cond: Tensor, anchor: NDArray[np.float32]) -> StepSample:
+        """Returns the guided branch's record, with the feature of `gap` steps earlier."""
+        return StepSample(
+            self.step, gap, self.timestep, self.seen.numpy(), cond.numpy(), anchor[-1:]
+        )
+
+
+def _trajectory(
+    full: FullGraph,
+    context: Tensor,
+    noise_scheduler: NoiseScheduler,
+    latents: Tensor,
+    guidance_scale: float,
+    number: int,
+) -> Iterator[_Visit]:
+    """Runs one prompt through all steps; `context` holds the branches, guided last."""
+    history: tuple[Tensor, ...] = ()
+    for step, timestep in enumerate(noise_scheduler.timesteps):
+        seen = noise_scheduler.model_input(latents, step)
+        noise_pred, feature = full(
+            seen.expand(len(context), -1, -1, -1), torch.tensor([timestep]), context
+        )
+        if not bool(torch.isfinite(noise_pred).all() and torch.isfinite(feature).all()):
+            raise CalibrationError(
+                f"prompt {number}, step {step}: the denoiser gave a non-finite prediction"
+            )
+        if len(context) == 2:
+            noise_pred = noise_pred[:1] + guidance_scale * (noise_pred[1:] - noise_pred[:1])
+        latents, history = noise_scheduler.advance(latents, noise_pred, step, history)
+        yield _Visit(step, float(timestep), seen, feature.numpy(), latents)
+
+
+def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
 class _PairSum:

@@ -1,6 +1,7 @@
 """The text encoder and the latent decoder as the graphs that the bundle ships."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +71,7 @@ class DecodeGraph(nn.Module):
 class _TextLayer(nn.Module):
     """One pre-normalised transformer layer of CLIP with causal attention."""
 
-    def __init__(
-        self, layer: nn.Module, heads: int, activation: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, layer: Any, heads: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.heads = heads
         self.activation = activation

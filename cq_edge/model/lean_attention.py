@@ -45,7 +45,7 @@ class LeanAttention(nn.Module):
             normed = picture if self.group_norm is None else self.group_norm(picture)
             tokens = normed.permute(0, 2, 3, 1).flatten(1, 2)
         context = tokens if encoder_hidden_states is None else encoder_hidden_states
-        attended = self.to_out(self._attend(tokens, context))
+        attended: Tensor = self.to_out(self._attend(tokens, context))
         if picture.dim() == 4:
             batch, channels, height, width = picture.shape
             attended = attended.reshape(batch, height, width, channels).permute(0, 3, 1, 2)

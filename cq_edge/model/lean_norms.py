@@ -7,6 +7,8 @@ The mean over a token's channels is a linear layer of one output. What constants
 depends on the widths alone, so that a file which stores equal data once holds next to none.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,7 +90,7 @@ def rewrite_layer_norms(root: nn.Module) -> int:
 
 
 @torch.no_grad()
-def fold_affine(norm: nn.GroupNorm | nn.LayerNorm, linears: list[nn.Linear]) -> None:
+def fold_affine(norm: Any, linears: list[nn.Linear]) -> None:
     """Moves a normalisation's weight and bias into the linear layers that alone consume it.
 
     W·(w⊙x + b) + c = (W·diag(w))·x + (W·b + c), computed in float64; `norm` ends without
@@ -106,7 +108,7 @@ def fold_affine(norm: nn.GroupNorm | nn.LayerNorm, linears: list[nn.Linear]) -> 
         dtype = linear.weight.dtype
         linear.weight = nn.Parameter((matrix * weight).to(dtype), requires_grad=False)
         linear.bias = nn.Parameter(moved.to(dtype), requires_grad=False)
-    norm.weight = None  # type: ignore[assignment]
+    norm.weight = None
     norm.bias = None
 
 

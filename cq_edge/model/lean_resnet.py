@@ -36,7 +36,7 @@ class LeanResnet(nn.Module):
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
-        summed = input_tensor + hidden
+        summed: Tensor = input_tensor + hidden
         return summed if self.rescale == 1.0 else summed * (1.0 / self.rescale)
 
 

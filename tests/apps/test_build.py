@@ -42,11 +42,14 @@ def test_a_unet_that_cannot_be_split_is_refused_with_the_reason(tmp_path, capsys
     model = shutil.copytree(DEMO_MODEL, tmp_path / "model")
     config = model / "unet" / "config.json"
     config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"time_embedding_type": "fourier"})
+        json.dumps(json.loads(config.read_text()) | {"mid_block_type": "UNetMidBlock2D"})
     )
     code, err = _refusal(capsys, str(model), "-o", str(tmp_path / "out"))
     assert code == 1
-    assert err.startswith("cq-edge: error: ")
+    assert err == (
+        "cq-edge: error: the UNet's middle block is UNetMidBlock2D: only UNetMidBlock2DCrossAttn "
+        "is known"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -56,7 +59,7 @@ def test_a_unet_that_cannot_be_split_is_refused_with_the_reason(tmp_path, capsys
         (("--steps", "0"), 1, "steps"),
         (("--steps", "1001"), 1, "steps"),
         (("--full-steps", "99"), 2, "--full-steps is 99: 51 steps with --max-gap 10 take 5 to 51"),
-        (("--max-gap", "0"), 2, "max_gap is 0: a shallow step needs 1 or more"),
+        (("--max-gap", "0"), 2, "--max-gap is 0: a shallow step needs 1 or more"),
         (("--prompts", "nowhere.txt"), 2, "--prompts nowhere.txt cannot be read"),
         (("--shallow-layers", "4"), 1, "the last up block has 3 layers: give 1 to 3"),
     ],
@@ -89,10 +92,8 @@ def built(tmp_path_factory):
     printed = io.StringIO()
     words = ["--steps", "8", "--scheduler", "ddim", "--full-steps", "3", "--max-gap", "4"]
     with contextlib.redirect_stdout(printed):
-        code = main(
-            ["build", "-o", str(folder / "bundle"), "--json", *words]
-            + ["--prompts", str(folder / "prompts.txt")]
-        )
+        prompts = ["--prompts", str(folder / "prompts.txt")]
+        code = main(["build", "-o", str(folder / "bundle"), "--json", *words, *prompts])
     assert code == 0
     return folder / "bundle", json.loads(printed.getvalue().splitlines()[-1])
 

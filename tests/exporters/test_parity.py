@@ -48,9 +48,7 @@ def test_nan_never_passes():
 
 def test_wrong_shapes_names_and_no_inputs_are_told_apart():
     flat = lambda a: {"y": a["x"].ravel(), "z": a["x"]}  # noqa: E731
-    assert refusal(flat) == (
-        "graph denoise returns y of shape [50]: its reference's is [5, 10]"
-    )
+    assert refusal(flat) == ("graph denoise returns y of shape [50]: its reference's is [5, 10]")
     assert refusal(lambda a: {"y": a["x"]}) == "graph denoise returns y: its reference returns y, z"
     assert refusal(double, inputs=[]) == (
         "graph denoise was compared on no inputs: give at least one set"

@@ -18,7 +18,9 @@ NO_ID = 2**32 - 1
 
 
 def value(number, dims, constant=0):
-    tensor = XNNTensorValue(XNNDatatype.xnn_datatype_fp32, len(dims), dims, constant, NO_ID, 0, number)
+    tensor = XNNTensorValue(
+        XNNDatatype.xnn_datatype_fp32, len(dims), dims, constant, NO_ID, 0, number
+    )
     return XValue(tensor)
 
 
@@ -38,7 +40,8 @@ def nodes_of(simplified):
 def test_a_transpose_there_and_back_disappears():
     g = graph(
         [transpose(0, 1, [0, 2, 3, 1]), transpose(1, 2, [0, 3, 1, 2]), XNNAdd(2, 0, 3, 0)],
-        [value(0, [1, 2, 3, 4]), value(1, [1, 3, 4, 2]), value(2, [1, 2, 3, 4]), value(3, [1, 2, 3, 4])],
+        [value(0, [1, 2, 3, 4]), value(1, [1, 3, 4, 2]), value(2, [1, 2, 3, 4]),
+         value(3, [1, 2, 3, 4])],
         [0],
         [3],
     )  # fmt: skip
@@ -59,9 +62,7 @@ def test_two_transposes_become_their_product():
 
 
 def test_a_transpose_that_is_an_output_stays():
-    g = graph(
-        [transpose(0, 1, [0, 1])], [value(0, [2, 3]), value(1, [2, 3])], [0], [1]
-    )
+    g = graph([transpose(0, 1, [0, 1])], [value(0, [2, 3]), value(1, [2, 3])], [0], [1])
     before = [replace(node) for node in nodes_of(g)]
     simplify(g)
     assert nodes_of(g) == before

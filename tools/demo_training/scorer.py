@@ -93,9 +93,13 @@ def _own_negatives(logits: Tensor, count: int) -> Tensor:
 
 
 def _changed_captions(batch: list[Scene], rng: random.Random) -> list[str]:
+    """Returns `_NEGATIVES` captions per scene, half of them with another kind of shape: kinds
+    are the hardest to tell apart."""
     changed = []
     for scene in batch:
         queries = attribute_queries(scene)
-        for query in rng.sample(queries, _NEGATIVES):
+        kinds = [query for query in queries if query.attribute == "kind"]
+        half = _NEGATIVES // 2
+        for query in rng.choices(kinds, k=half) + rng.sample(queries, _NEGATIVES - half):
             changed.append(rng.choice(query.captions[1:]))
     return changed

@@ -46,8 +46,8 @@ def train_vae(config: TrainConfig, folder: Path, batch_size: int, device: str) -
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         error = decoded - batch
-        loss: Tensor = error.abs().mean() + error.square().mean()
-        loss = loss + _KL_WEIGHT * posterior.kl().mean()
+        divergence = _KL_WEIGHT * posterior.kl().mean()
+        loss: Tensor = error.abs().mean() + error.square().mean() + divergence
         return loss
 
     vae.load_state_dict(train(config, vae, loss_of_step, folder))
