@@ -28,10 +28,10 @@ lint: setup ## ruff, format, mypy, import-linter
 	$(BIN)/lint-imports
 
 test: lint ## everything a reviewer would check; .ci/run calls exactly this
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: lint ## the same with the slow tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 figures: setup ## measure and draw what README shows (docs/first_light.png and .md)
 	$(BIN)/python -m benchmarks.first_light

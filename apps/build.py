@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from apps.quiet import quiet_toolchains
 from apps.replacing import check_replaceable, written_beside
 from cq_edge import __version__
 from cq_edge.errors import UsageError
@@ -104,11 +105,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--max-gap is {args.max_gap}: a shallow step needs 1 or more")
     prompts = None if args.prompts is None else _read_prompts(args.prompts)
     # the torch side takes seconds to import: only once the arguments are known to be good
-    from cq_edge.model.load import load_pipeline
-    from cq_edge.model.optimize import OptimizeConfig, optimize
-    from cq_edge.model.prompts import WORLD_PROMPTS, scene_prompts
+    with quiet_toolchains():
+        from cq_edge.model.load import load_pipeline
+        from cq_edge.model.optimize import OptimizeConfig, optimize
+        from cq_edge.model.prompts import WORLD_PROMPTS, scene_prompts
 
-    pipeline = load_pipeline(args.model)
+        pipeline = load_pipeline(args.model)
     if prompts is None:
         prompts = tuple(scene_prompts(8)) if args.model is None else WORLD_PROMPTS
     schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)

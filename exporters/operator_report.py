@@ -1,4 +1,4 @@
-"""What a lowered graph hands to its delegate, what stays outside, and what constants it holds."""
+"""What a lowered graph hands to its delegate, and what stays outside."""
 
 import math
 from collections import Counter
@@ -21,7 +21,6 @@ class OperatorReport:
         delegated_macs_share: Multiply-adds inside them over all multiply-adds, 0…1.
         macs: Multiply-adds of the whole graph.
         outside: Operators left to the portable kernels, by name, with their counts.
-        constants: Bytes of every constant by the key under which the file holds it once.
     """
 
     delegates: int
@@ -29,7 +28,6 @@ class OperatorReport:
     delegated_macs_share: float
     macs: int
     outside: Mapping[str, int]
-    constants: Mapping[str, int]
 
 
 def operator_report(program: ExportedProgram) -> OperatorReport:
@@ -46,20 +44,7 @@ def operator_report(program: ExportedProgram) -> OperatorReport:
         delegated_macs_share=macs_inside / macs if macs else 1.0,
         macs=macs,
         outside=dict(Counter(_name(node) for node in outside)),
-        constants=_constants(program, lowered),
     )
-
-
-def constant_bytes(reports: Mapping[str, OperatorReport], *graphs: str) -> int:
-    """Returns the bytes of constants that the named graphs need, what they share counted once.
-
-    That is everything the file stores for them beside their instructions: weights, scales,
-    biases, and the constants that the XNNPACK rewrites add.
-    """
-    merged: dict[str, int] = {}
-    for graph in graphs:
-        merged.update(reports[graph].constants)
-    return sum(merged.values())
 
 
 def multiply_adds(node: torch.fx.Node) -> int:
@@ -100,16 +85,3 @@ def _name(node: torch.fx.Node) -> str:
 
 def _shape(node: Any) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
-
-
-def _constants(program: ExportedProgram, lowered: list[Any]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for module in lowered:
-        store = module.named_data_store_output
-        if store is not None:
-            for key, entry in store.pte_data.items():
-                sizes[key] = len(store.buffers[entry.buffer_index])
-    for name, value in {**program.state_dict, **program.constants}.items():
-        if isinstance(value, torch.Tensor):
-            sizes[f"outside:{name}"] = value.numel() * value.element_size()
-    return sizes

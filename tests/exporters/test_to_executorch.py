@@ -10,7 +10,7 @@ from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import split_unet
 from exporters.graph_spec import GraphSpec, graph_specs
-from exporters.operator_report import constant_bytes
+from exporters.method_bytes import method_bytes, together
 from exporters.parity import check_parity
 from exporters.to_executorch import export_executorch, load_graph, module_graph
 from tests.model.tiny_models import step_inputs, tiny_text, tiny_unet, tiny_vae
@@ -38,7 +38,8 @@ def test_macs_shares_constants_and_what_stays_outside_are_counted(tmp_path):
     assert graph.delegates == 1
     assert graph.outside == {"aten.erf.default": 1}
     assert 0.5 < graph.delegated_ops_share < 1.0
-    assert constant_bytes(report.graphs, "forward") == 4 * (5 * 27 + 5 * 7 + 7)
+    weights = method_bytes(tmp_path / "net.pte")["forward"].weights
+    assert sum(weights.values()) == 4 * (5 * 27 + 5 * 7 + 7)
     assert report.bytes == (tmp_path / "net.pte").stat().st_size
     assert [p.name for p in tmp_path.iterdir()] == ["net.pte"]
 
@@ -117,5 +118,7 @@ def test_all_four_graphs_export_into_one_file_and_compute_what_their_modules_do(
     for name in ("denoise", "denoise_shallow", "decode"):
         assert report.graphs[name].delegates == 1
         assert report.graphs[name].outside == {}
-    alone = constant_bytes(report.graphs, "denoise")
-    assert constant_bytes(report.graphs, "denoise", "denoise_shallow") == alone
+    sizes = method_bytes(tmp_path / "graphs.pte")
+    both = together([sizes["denoise"], sizes["denoise_shallow"]])
+    assert both.weights == sizes["denoise"].weights
+    assert set(sizes["denoise_shallow"].weights) < set(sizes["denoise"].weights)
