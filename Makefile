@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := out/demo
+# two workers of one thread each: more threads than cores wait for each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo figures test test-all lint train-demo-model clean
@@ -28,10 +30,10 @@ lint: setup ## ruff, format, mypy, import-linter
 	$(BIN)/lint-imports
 
 test: lint ## everything a reviewer would check; .ci/run calls exactly this
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint ## the same with the slow tests
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 figures: setup ## measure and draw what README shows (docs/first_light.png and .md)
 	$(BIN)/python -m benchmarks.first_light
