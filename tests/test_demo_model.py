@@ -82,4 +82,4 @@ def test_generated_pictures_show_what_held_out_captions_say(scorer):
         output_type="np",
     )
     pictures = (output.images * 255 + 0.5).astype(np.uint8)
-    assert scorer.attribute_accuracy(pictures, some)["all"] >= FLOOR
+    assert scorer.attribute_accuracy(pictures, some)["all"] >= 0.5
