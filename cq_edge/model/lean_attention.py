@@ -56,9 +56,9 @@ class LeanAttention(nn.Module):
     def _attend(self, tokens: Tensor, context: Tensor) -> Tensor:
         """Returns (B, N, C) of queries (B, N, C) over `context` (B, M, D), before the output."""
         batch, count, _ = tokens.shape
-        queries = self._by_head(self.to_q(tokens)).permute(0, 2, 1, 3).flatten(0, 1)
-        keys = self._by_head(self.to_k(context)).permute(0, 2, 3, 1).flatten(0, 1)
-        values = self._by_head(self.to_v(context)).permute(0, 2, 1, 3).flatten(0, 1)
+        queries = self._by_head(self.to_q(tokens))
+        keys = self._by_head(self.to_k(context), transposed=True)
+        values = self._by_head(self.to_v(context))
         parts = []
         for start in range(0, count, QUERIES_AT_ONCE):
             chunk = queries
@@ -66,11 +66,20 @@ class LeanAttention(nn.Module):
                 chunk = queries[:, start : start + QUERIES_AT_ONCE]
             parts.append(torch.bmm(torch.softmax(torch.bmm(chunk, keys), dim=-1), values))
         attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if batch == 1:
+            return attended.permute(1, 0, 2).reshape(1, count, -1)
         split = attended.reshape(batch, self.heads, count, -1)
         return split.permute(0, 2, 1, 3).flatten(2, 3)
 
-    def _by_head(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], x.shape[1], self.heads, -1)
+    def _by_head(self, x: Tensor, *, transposed: bool = False) -> Tensor:
+        """Returns (B·heads, N, d) of (B, N, C), or (B·heads, d, N) if transposed."""
+        batch, count, _ = x.shape
+        # the graphs have batch 1, and three axes then need one operator less
+        if batch == 1:
+            heads = x.reshape(count, self.heads, -1)
+            return heads.permute((1, 2, 0) if transposed else (1, 0, 2))
+        heads = x.reshape(batch, count, self.heads, -1)
+        return heads.permute((0, 2, 3, 1) if transposed else (0, 2, 1, 3)).flatten(0, 1)
 
 
 def rewrite_attention(root: nn.Module) -> int:

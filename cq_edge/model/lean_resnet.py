@@ -51,11 +51,12 @@ class LeanTimesteps(nn.Module):
         self.cosine_first = timesteps.flip_sin_to_cos
         exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32)
         frequencies = torch.exp(exponent / (half - timesteps.downscale_freq_shift))
-        self.register_buffer("frequencies", (timesteps.scale * frequencies)[None], persistent=False)
+        column = (timesteps.scale * frequencies)[:, None]
+        self.register_buffer("frequencies", column, persistent=False)
 
     def forward(self, timestep: Tensor) -> Tensor:
         """Returns (B, channels) for (B,) timesteps."""
-        angles = timestep.reshape(-1, 1) * self.frequencies
+        angles = F.linear(timestep.reshape(-1, 1), self.frequencies)
         pair = [torch.sin(angles), torch.cos(angles)]
         return torch.cat(pair[::-1] if self.cosine_first else pair, dim=-1)
 

@@ -58,12 +58,15 @@ def test_a_norms_affine_part_moves_into_the_layers_behind_it():
 
 @pytest.mark.parametrize("context_width", [None, 10])
 @pytest.mark.parametrize("at_once", [4, 1024])
+@pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
-def test_attention_is_numerically_equal_whole_or_in_chunks(monkeypatch, context_width, at_once):
+def test_attention_is_numerically_equal_whole_or_in_chunks(
+    monkeypatch, batch, context_width, at_once
+):
     monkeypatch.setattr(lean_attention, "QUERIES_AT_ONCE", at_once)
     attention = Attention(16, cross_attention_dim=context_width, heads=2, dim_head=8)
-    tokens = torch.randn(2, 11, 16)
-    context = None if context_width is None else torch.randn(2, 5, 10)
+    tokens = torch.randn(batch, 11, 16)
+    context = None if context_width is None else torch.randn(batch, 5, 10)
     expected = attention(tokens, encoder_hidden_states=context)
     assert agreement_db(expected, LeanAttention(attention)(tokens, context)) > 110
 

@@ -83,7 +83,7 @@ def _loss(
     cells = seen.last_hidden_state
     layout = head.loss(cells[:, 1:], cells[:, 0], targets)
     layout = layout + reader.loss(read.last_hidden_state[:count], targets)
-    return contrastive + 0.3 * layout
+    return contrastive + layout
 
 
 def _own_negatives(logits: Tensor, count: int) -> Tensor:
