@@ -69,7 +69,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("out/first_light"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument(
+        "--no-build", action="store_true", help="take the bundles of an earlier run"
+    )
     args = parser.parse_args()
+    if not args.no_build:
+        _build(args.work)
     contenders = _contenders(args.work, args.threads)
     pictures = [[c.draw(prompt, 0)[0] for prompt in PROMPTS] for c in contenders]
     times = _alternate(contenders, args.runs)
@@ -79,12 +84,15 @@ def main() -> None:
     print(table)
 
 
-def _contenders(work: Path, threads: int) -> list[Contender]:
-    """Returns float32 full, int8 full and int8 with the bundle's plan, in this order."""
+def _build(work: Path) -> None:
     for name, quantization in (("float32", "none"), ("int8", "int8")):
         arguments = ["build", "-o", str(work / name), "--quantization", quantization, "--force"]
         if cli.main(arguments) != 0:
             raise SystemExit(1)
+
+
+def _contenders(work: Path, threads: int) -> list[Contender]:
+    """Returns float32 full, int8 full and int8 with the bundle's plan, in this order."""
     float32, int8 = (open_bundle(work / name) for name in ("float32", "int8"))
     defaults = int8.manifest.defaults
     table = int8.reuse_table(defaults.noise_scheduler, defaults.steps)

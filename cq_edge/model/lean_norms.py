@@ -1,10 +1,10 @@
 """Group and layer normalisation in operators that XNNPACK has.
 
 XNNPACK has neither, and its only mean is over a picture's height and width. The mean over a
-group is that mean, followed by a 1×1 convolution that averages each group and one that spreads
-the averages back over the groups' channels; the mean over a token's channels is a linear layer
-of one output. Their constants are one number per channel and depend on the widths alone, so
-that a file which stores equal data once holds next to none. All of it stays channels last.
+group is that mean, reshaped so that a group's channels become the height of another picture,
+and that one's mean; adding zeros of a group's width spreads the result back over its channels.
+The mean over a token's channels is a linear layer of one output. What constants this takes
+depends on the widths alone, so that a file which stores equal data once holds next to none.
 """
 
 from typing import Any
@@ -19,8 +19,7 @@ from cq_edge.model.surgery import replace_modules
 class LeanGroupNorm(nn.Module):
     """torch.nn.GroupNorm of (B, C, H, W), numerically equal to it."""
 
-    average: Tensor
-    ones: Tensor
+    zeros: Tensor
     epsilon: Tensor
     weight: Tensor | None
     bias: Tensor | None
@@ -28,12 +27,9 @@ class LeanGroupNorm(nn.Module):
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.groups = norm.num_groups
-        width = norm.num_channels // norm.num_groups
-        average = torch.full((norm.num_groups, width, 1, 1), 1.0 / width)
-        self.register_buffer("average", average, persistent=False)
-        self.register_buffer("ones", torch.ones(norm.num_channels, 1, 1, 1), persistent=False)
-        epsilon = torch.full((norm.num_groups,), norm.eps)
-        self.register_buffer("epsilon", epsilon, persistent=False)
+        self.width = norm.num_channels // norm.num_groups
+        self.register_buffer("zeros", torch.zeros(1, 1, self.width, 1), persistent=False)
+        self.register_buffer("epsilon", torch.full((1, 1, 1, 1), norm.eps), persistent=False)
         self.weight = _as_parameter(norm.weight, (-1, 1, 1, 1))
         self.bias = _as_parameter(norm.bias, (-1,))
 
@@ -44,20 +40,20 @@ class LeanGroupNorm(nn.Module):
         than operators on constants, which ExecuTorch hands over and transposes in every run.
         """
         centred = x - self._spread(self._mean(x))
-        variance = self._mean(centred * centred, self.epsilon)
-        scaled = centred * self._spread(torch.rsqrt(variance))
+        variance = self._mean(centred * centred)
+        scaled = centred * self._spread(torch.rsqrt(variance + self.epsilon))
         if self.weight is None:
             return scaled
         return F.conv2d(scaled, self.weight, self.bias, groups=x.shape[1])
 
-    def _mean(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
-        """Returns each group's mean of (B, C, H, W), plus an offset: (B, G, 1, 1)."""
-        by_channel = x.mean((2, 3), keepdim=True)
-        return F.conv2d(by_channel, self.average, offset, groups=self.groups)
+    def _mean(self, x: Tensor) -> Tensor:
+        """Returns each group's mean, (B, G, 1, 1), of (B, C, H, W)."""
+        by_group = x.mean((2, 3), keepdim=True).reshape(-1, self.groups, self.width, 1)
+        return by_group.mean((2, 3), keepdim=True)
 
     def _spread(self, groups: Tensor) -> Tensor:
         """Returns (B, C, 1, 1): each of (B, G, 1, 1) once per channel of its group."""
-        return F.conv2d(groups, self.ones, groups=self.groups)
+        return (groups + self.zeros).reshape(-1, self.groups * self.width, 1, 1)
 
 
 class LeanLayerNorm(nn.Module):
