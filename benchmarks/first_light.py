@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=5, help="of each side (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=15, help="of each side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("out/first_light"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
