@@ -4,14 +4,14 @@ Delegation counts prove nothing, since a miscompiled graph delegates as fully as
 the exported graph is run, and compared in dB.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cq_edge.errors import ParityError
+from cq_edge.errors import ParityError, UsageError
+from cq_edge.metrics import sqnr_db
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Graph = Callable[[Arrays], Arrays]
@@ -75,18 +75,6 @@ def check_parity(
     return ParityReport(name, min(first), sum(first) / len(first), floor_db, worst)
 
 
-def signal_to_error_db(reference: NDArray[np.generic], other: NDArray[np.generic]) -> float:
-    """Returns 10·log10(Σ reference² / Σ (reference − other)²) in float64; inf where equal."""
-    exact = reference.astype(np.float64)
-    error = float(np.square(exact - other.astype(np.float64)).sum())
-    signal = float(np.square(exact).sum())
-    if error == 0.0:
-        return math.inf
-    if not math.isfinite(error) or not math.isfinite(signal):
-        return math.nan
-    return -math.inf if signal == 0.0 else 10.0 * math.log10(signal / error)
-
-
 def _ratio_db(
     name: str, output: str, expected: NDArray[np.generic], actual: NDArray[np.generic]
 ) -> float:
@@ -95,4 +83,7 @@ def _ratio_db(
             f"graph {name} returns {output} of shape {list(actual.shape)}: its reference's is "
             f"{list(expected.shape)}"
         )
-    return signal_to_error_db(expected, actual)
+    try:
+        return sqnr_db(expected, actual)
+    except UsageError as error:
+        raise ParityError(f"graph {name} cannot be compared, {output}: {error}") from error

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from cq_edge.errors import ParityError
-from exporters.parity import check_parity, signal_to_error_db
+from cq_edge.metrics import sqnr_db
+from exporters.parity import check_parity
 
 INPUTS = [{"x": np.linspace(1.0, 2.0, 50).reshape(5, 10)}, {"x": np.ones((5, 10))}]
 
@@ -57,5 +58,5 @@ def test_wrong_shapes_names_and_no_inputs_are_told_apart():
 
 def test_equal_is_infinite_and_a_lost_signal_is_minus_infinite():
     ones, zeros = np.ones(3, np.float32), np.zeros(3, np.float32)
-    assert signal_to_error_db(ones, ones) == math.inf
-    assert signal_to_error_db(zeros, ones) == -math.inf
+    assert sqnr_db(ones, ones) == math.inf
+    assert sqnr_db(zeros, ones) == -math.inf

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from cq_edge.errors import ModelError
+from cq_edge.metrics import sqnr_db
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
-from exporters.parity import signal_to_error_db
 from tests.model.tiny_models import tiny_text, tiny_vae
 
 
@@ -13,7 +13,7 @@ def test_the_encode_graph_is_the_text_towers_last_hidden_state(activation):
     text = tiny_text(activation)
     ids = torch.randint(0, 99, (1, 77))
     expected = text(ids).last_hidden_state
-    assert signal_to_error_db(expected.numpy(), EncodeGraph(text)(ids).numpy()) > 110
+    assert sqnr_db(expected.numpy(), EncodeGraph(text)(ids).numpy()) > 110
 
 
 def test_an_unknown_activation_is_refused():

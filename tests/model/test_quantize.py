@@ -1,10 +1,10 @@
 import torch
 from torch import nn
 
+from cq_edge.metrics import sqnr_db
 from cq_edge.model.quantize import Int8Conv2d, quantize_for_xnnpack
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import split_unet
-from exporters.parity import signal_to_error_db
 from tests.model.tiny_models import step_inputs, tiny_unet
 
 
@@ -29,7 +29,7 @@ def test_a_quantised_convolution_keeps_stride_padding_and_bias():
     x = torch.randn(1, 16, 9, 9)
     quantised = Int8Conv2d(conv)(x)
     assert quantised.shape == conv(x).shape
-    assert signal_to_error_db(conv(x).numpy(), quantised.numpy()) > 35
+    assert sqnr_db(conv(x).numpy(), quantised.numpy()) > 35
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def test_a_quantised_unet_stays_close_and_the_float_one_is_left_alone():
     pair, quantised = quantised_pair()
     inputs = step_inputs()
     expected = pair[0](*inputs)[0]
-    ratio_db = signal_to_error_db(expected.numpy(), quantised[0](*inputs)[0].numpy())
+    ratio_db = sqnr_db(expected.numpy(), quantised[0](*inputs)[0].numpy())
     assert 25 < ratio_db < 60
     assert torch.equal(pair[0](*inputs)[0], expected)
 

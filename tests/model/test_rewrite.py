@@ -9,18 +9,18 @@ from torch import nn
 
 import cq_edge.model.lean_attention as lean_attention
 from cq_edge.errors import ModelError
+from cq_edge.metrics import sqnr_db
 from cq_edge.model.lean_attention import LeanAttention, rewrite_attention
 from cq_edge.model.lean_norms import LeanGroupNorm, LeanLayerNorm, fold_affine
 from cq_edge.model.lean_resnet import LeanTimesteps, LeanUpsample, rewrite_resnets
 from cq_edge.model.lean_transformer import rewrite_transformers
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import split_unet
-from exporters.parity import signal_to_error_db
 from tests.model.tiny_models import step_inputs, tiny_unet, tiny_vae
 
 
 def agreement_db(reference, other):
-    return signal_to_error_db(reference.numpy(), other.numpy())
+    return sqnr_db(reference.numpy(), other.numpy())
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0])
