@@ -186,28 +186,46 @@ def render(scene: Scene, side_px: int = 128) -> NDArray[np.uint8]:
     Returns:
         (side_px, side_px, 3) uint8 RGB.
     """
-    centre = (np.arange(side_px, dtype=np.float32) + 0.5) / side_px
-    x, y = (plane.astype(np.float32) for plane in np.meshgrid(centre, centre))
+    x, y = _pixel_centres(side_px)
     picture = _background(scene, x, y, side_px)
     for shape in scene.shapes:
-        dx, dy = x - np.float32(shape.x), y - np.float32(shape.y)
-        cos, sin = np.float32(np.cos(shape.angle)), np.float32(np.sin(shape.angle))
-        u = ((cos * dx + sin * dy) / shape.radius).astype(np.float32)
-        v = ((cos * dy - sin * dx) / shape.radius).astype(np.float32)
-        distance = _DISTANCES[shape.kind](u, v) * np.float32(shape.radius * side_px)
-        cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
         colour = np.array(COLOURS[shape.colour], np.float32)
-        picture += cover * (colour - picture)
+        picture += _cover(shape, x, y, side_px)[..., None] * (colour - picture)
     return (picture + 0.5).astype(np.uint8)
+
+
+def cover_map(scene: Scene, side_px: int) -> Plane:
+    """Returns (side_px, side_px) float32: how much of each pixel shapes cover, in [0, 1]."""
+    x, y = _pixel_centres(side_px)
+    cover: Plane = np.max([_cover(shape, x, y, side_px) for shape in scene.shapes], axis=0)
+    return cover
 
 
 def shape_map(scene: Scene, side: int) -> NDArray[np.int8]:
     """Returns (side, side) int8: which shape covers each cell's centre, -1 where none does."""
-    x, y = np.meshgrid(*2 * [(np.arange(side, dtype=np.float32) + 0.5) / side])
+    x, y = _pixel_centres(side)
     covered = np.full((side, side), -1, np.int8)
     for position, shape in enumerate(scene.shapes):
         covered[np.hypot(x - shape.x, y - shape.y) < shape.radius] = position
     return covered
+
+
+def _pixel_centres(side_px: int) -> tuple[Plane, Plane]:
+    """Returns x and y, each (side_px, side_px) float32, as fractions of the side."""
+    centre = (np.arange(side_px) + 0.5) / side_px
+    x, y = np.meshgrid(centre, centre)
+    return x.astype(np.float32), y.astype(np.float32)
+
+
+def _cover(shape: Shape, x: Plane, y: Plane, side_px: int) -> Plane:
+    """Returns how much of each pixel a shape covers, in [0, 1]."""
+    dx, dy = x - np.float32(shape.x), y - np.float32(shape.y)
+    cos, sin = np.float32(np.cos(shape.angle)), np.float32(np.sin(shape.angle))
+    u = ((cos * dx + sin * dy) / shape.radius).astype(np.float32)
+    v = ((cos * dy - sin * dx) / shape.radius).astype(np.float32)
+    distance = _DISTANCES[shape.kind](u, v) * np.float32(shape.radius * side_px)
+    cover: Plane = np.clip(0.5 - distance, 0.0, 1.0)
+    return cover
 
 
 def _pick(rng: np.random.Generator, values: Iterable[str]) -> str:

@@ -91,6 +91,32 @@ def rewrite_attention(root: nn.Module) -> int:
     return replace_modules(root, Attention, _checked)
 
 
+def fold_attention_biases(root: nn.Module) -> int:
+    """Removes the biases of keys and values of every LeanAttention below `root`, exactly.
+
+    A key's bias adds the same to all scores of a query, which a softmax does not see; a value's
+    is in every weighted mean whole, and so moves through the output projection into its bias.
+    Returns how many layers there were.
+    """
+    layers = [module for module in root.modules() if isinstance(module, LeanAttention)]
+    for layer in layers:
+        layer.to_k.register_parameter("bias", None)
+        _move_bias(layer.to_v, layer.to_out)
+    return len(layers)
+
+
+@torch.no_grad()
+def _move_bias(inner: nn.Linear, outer: nn.Linear) -> None:
+    """Moves the bias of `inner` into that of `outer`, computed in float64."""
+    if inner.bias is None:
+        return
+    moved = outer.weight.double() @ inner.bias.double()
+    if outer.bias is not None:
+        moved = moved + outer.bias.double()
+    outer.bias = nn.Parameter(moved.to(outer.weight.dtype), requires_grad=False)
+    inner.register_parameter("bias", None)
+
+
 def _checked(attention: Attention) -> LeanAttention:
     for name in _UNSUPPORTED:
         if getattr(attention, name, None):

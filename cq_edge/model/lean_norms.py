@@ -1,10 +1,10 @@
 """Group and layer normalisation in operators that XNNPACK has.
 
 XNNPACK has neither, and its only mean is over a picture's height and width. The mean over a
-group is that mean, reshaped so that a group's channels become the height of another picture,
-and that one's mean; adding zeros of a group's width spreads the result back over its channels.
-The mean over a token's channels is a linear layer of one output. What constants this takes
-depends on the widths alone, so that a file which stores equal data once holds next to none.
+group is that mean, averaged over the group's channels by a 1×1 convolution; another one spreads
+the result back over the channels. The mean over a token's channels is a linear layer of one
+output. What constants this takes depends on the widths alone, so that a file which stores equal
+data once holds next to none.
 """
 
 from typing import Any
@@ -19,7 +19,8 @@ from cq_edge.model.surgery import replace_modules
 class LeanGroupNorm(nn.Module):
     """torch.nn.GroupNorm of (B, C, H, W), numerically equal to it."""
 
-    zeros: Tensor
+    average: Tensor
+    spread: Tensor
     epsilon: Tensor
     weight: Tensor | None
     bias: Tensor | None
@@ -27,9 +28,13 @@ class LeanGroupNorm(nn.Module):
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.groups = norm.num_groups
-        self.width = norm.num_channels // norm.num_groups
-        self.register_buffer("zeros", torch.zeros(1, 1, self.width, 1), persistent=False)
-        self.register_buffer("epsilon", torch.full((1, 1, 1, 1), norm.eps), persistent=False)
+        width = norm.num_channels // norm.num_groups
+        average = torch.full((norm.num_groups, width, 1, 1), 1.0 / width)
+        self.register_buffer("average", average, persistent=False)
+        spread = torch.ones(norm.num_channels, 1, 1, 1)
+        self.register_buffer("spread", spread, persistent=False)
+        epsilon = torch.full((norm.num_groups,), norm.eps)
+        self.register_buffer("epsilon", epsilon, persistent=False)
         self.weight = _as_parameter(norm.weight, (-1, 1, 1, 1))
         self.bias = _as_parameter(norm.bias, (-1,))
 
@@ -39,21 +44,21 @@ class LeanGroupNorm(nn.Module):
         Weight and bias are a depthwise 1×1 convolution, which XNNPACK runs in one pass, rather
         than operators on constants, which ExecuTorch hands over and transposes in every run.
         """
-        centred = x - self._spread(self._mean(x))
-        variance = self._mean(centred * centred)
-        scaled = centred * self._spread(torch.rsqrt(variance + self.epsilon))
+        centred = x - self._over_channels(self._over_groups(x))
+        variance = self._over_groups(centred * centred, self.epsilon)
+        scaled = centred * self._over_channels(torch.rsqrt(variance))
         if self.weight is None:
             return scaled
         return F.conv2d(scaled, self.weight, self.bias, groups=x.shape[1])
 
-    def _mean(self, x: Tensor) -> Tensor:
-        """Returns each group's mean, (B, G, 1, 1), of (B, C, H, W)."""
-        by_group = x.mean((2, 3), keepdim=True).reshape(-1, self.groups, self.width, 1)
-        return by_group.mean((2, 3), keepdim=True)
+    def _over_groups(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        """Returns (B, G, 1, 1), each group's mean of (B, C, H, W) plus `offset` (G,)."""
+        mean = x.mean((2, 3), keepdim=True)
+        return F.conv2d(mean, self.average, offset, groups=self.groups)
 
-    def _spread(self, groups: Tensor) -> Tensor:
+    def _over_channels(self, groups: Tensor) -> Tensor:
         """Returns (B, C, 1, 1): each of (B, G, 1, 1) once per channel of its group."""
-        return (groups + self.zeros).reshape(-1, self.groups * self.width, 1, 1)
+        return F.conv2d(groups, self.spread, groups=self.groups)
 
 
 class LeanLayerNorm(nn.Module):

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from cq_edge.model.lean_attention import rewrite_attention
+from cq_edge.model.lean_attention import fold_attention_biases, rewrite_attention
 from cq_edge.model.lean_norms import rewrite_group_norms, rewrite_layer_norms
 from cq_edge.model.lean_resnet import rewrite_resnets, rewrite_timesteps, rewrite_upsamplers
 from cq_edge.model.lean_transformer import (
@@ -28,6 +28,7 @@ SURGERIES = (
     rewrite_attention,
     rewrite_feed_forward,
     fold_transformer_norms,
+    fold_attention_biases,
     rewrite_group_norms,
     rewrite_layer_norms,
 )

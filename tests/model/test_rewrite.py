@@ -10,7 +10,11 @@ from torch import nn
 import cq_edge.model.lean_attention as lean_attention
 from cq_edge.errors import ModelError
 from cq_edge.metrics import sqnr_db
-from cq_edge.model.lean_attention import LeanAttention, rewrite_attention
+from cq_edge.model.lean_attention import (
+    LeanAttention,
+    fold_attention_biases,
+    rewrite_attention,
+)
 from cq_edge.model.lean_norms import LeanGroupNorm, LeanLayerNorm, fold_affine
 from cq_edge.model.lean_resnet import LeanTimesteps, LeanUpsample, rewrite_resnets
 from cq_edge.model.lean_transformer import rewrite_transformers
@@ -79,6 +83,19 @@ def test_attention_over_a_picture_is_numerically_equal():
     )  # fmt: skip
     picture = torch.randn(2, 16, 3, 5)
     assert agreement_db(attention(picture), LeanAttention(attention)(picture)) > 110
+
+
+@torch.no_grad()
+def test_biases_of_keys_and_values_move_into_the_output():
+    attention = LeanAttention(Attention(16, heads=2, dim_head=8, bias=True))
+    for linear in (attention.to_q, attention.to_k, attention.to_v, attention.to_out):
+        nn.init.normal_(linear.bias)
+    tokens = torch.randn(2, 11, 16)
+    expected = attention(tokens)
+    assert fold_attention_biases(nn.ModuleList([attention])) == 1
+    assert attention.to_k.bias is None
+    assert attention.to_v.bias is None
+    assert agreement_db(expected, attention(tokens)) > 110
 
 
 @torch.no_grad()

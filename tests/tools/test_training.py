@@ -2,11 +2,13 @@ from itertools import islice
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from cq_edge.scenes import scenes
-from tools.demo_training.data import layout_targets, pictures
+from cq_edge.scenes import cover_map, scenes
+from tools.demo_training.data import layout_targets, outline_targets, pictures
 from tools.demo_training.loop import TrainConfig, train
+from tools.demo_training.precision import PlainAttention, autocast, keep_group_norms_float32
 from tools.demo_training.unet import _stratified_timesteps
 from tools.demo_training.vae import new_vae, normalise_latents
 
@@ -72,3 +74,32 @@ def test_layout_targets_name_what_lies_under_each_cell():
         cell = int(shape.y * 8) * 8 + int(shape.x * 8)
         assert targets["kind"][row, cell] >= 1
         assert targets["colour"][row].unique().numel() >= 2
+
+
+def test_outlines_say_how_much_of_each_part_of_a_cell_shapes_cover():
+    some = list(islice(scenes(5, held_out=False), 4))
+    outlines = outline_targets(some, 16, 4)
+    assert outlines.shape == (4, 256, 16)
+    for row, scene in enumerate(some):
+        whole = torch.from_numpy(cover_map(scene, 64))
+        assert outlines[row].mean() == pytest.approx(whole.mean().item())
+        # the third cell of the second row of cells, its last row of parts
+        assert torch.equal(outlines[row, 18, 12:], whole[7, 8:12])
+
+
+def test_plain_attention_is_numerically_equal_to_diffusers():
+    attention = Attention(16, cross_attention_dim=10, heads=2, dim_head=8)
+    tokens, context = torch.randn(2, 11, 16), torch.randn(2, 5, 10)
+    expected = attention(tokens, encoder_hidden_states=context)
+    attention.set_processor(PlainAttention())
+    torch.testing.assert_close(attention(tokens, encoder_hidden_states=context), expected)
+
+
+def test_group_norms_stay_float32_under_autocast():
+    norms = nn.Sequential(nn.GroupNorm(2, 8))
+    keep_group_norms_float32(norms)
+    x = torch.randn(2, 8, 3, 3)
+    with autocast("cpu", bf16=True):
+        y = norms(x.bfloat16())
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, nn.GroupNorm(2, 8)(x.bfloat16().float()))

@@ -6,7 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cq_edge.scenes import COLOURS, KINDS, PATTERNS, Scene, render, scenes, shape_map
+from cq_edge.scenes import (
+    COLOURS,
+    KINDS,
+    PATTERNS,
+    Scene,
+    cover_map,
+    render,
+    scenes,
+    shape_map,
+)
 
 HELD_OUT_SEED = 20_000_001  # captions are held out by their hash; the seed only picks among them
 
@@ -48,3 +57,10 @@ def layout_targets(batch: list[Scene], side: int) -> dict[str, Tensor]:
         "background": torch.tensor([colours.index(s.background) for s in batch]),
         "pattern": torch.tensor([PATTERNS.index(s.pattern) for s in batch]),
     }
+
+
+def outline_targets(batch: list[Scene], side: int, fineness: int) -> Tensor:
+    """Returns (B, side², fineness²) float32: how much shapes cover each part of each cell."""
+    covers = torch.from_numpy(np.stack([cover_map(scene, side * fineness) for scene in batch]))
+    parts = covers.reshape(len(batch), side, fineness, side, fineness)
+    return parts.transpose(2, 3).reshape(len(batch), side * side, fineness * fineness)

@@ -1,8 +1,10 @@
 """The demo's CLIP: a small `CLIPModel` trained contrastively on rendered scenes.
 
 Its hard negatives are the very captions that attribute accuracy retrieves among: the same
-sentence with one attribute changed. Both towers also name what is in every cell of a grid (a
-head that is thrown away), which makes the towers see before they are asked to agree.
+sentence with one attribute changed. Both towers also name what is in every cell of a grid, by
+heads that are thrown away, which makes the towers see before they are asked to agree. The
+vision tower also draws the shapes' outlines, and for the first steps looks alone: kinds of
+shapes are the hardest to see.
 """
 
 import random
@@ -15,15 +17,28 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 
 from cq_edge.model.scorer import normalise
 from cq_edge.scenes import Scene, attribute_queries
-from tools.demo_training.data import layout_targets, pictures, training_scenes
+from tools.demo_training.data import (
+    layout_targets,
+    outline_targets,
+    pictures,
+    training_scenes,
+)
 from tools.demo_training.loop import TrainConfig, train
+from tools.demo_training.precision import autocast
 from tools.demo_training.text import GRID, LayoutHead, LayoutReader
 
-_NEGATIVES = 4  # changed captions per picture
+_NEGATIVES = 8  # changed captions per picture
+_PATCH_PX = 8
+_SIDE = 128 // _PATCH_PX
+_FINENESS = 4  # an outline's parts along a patch's side
+_OUTLINE_WEIGHT = 4.0
 
 
 def new_scorer(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Returns the untrained scorer for a tokenizer."""
+    """Returns the untrained scorer for a tokenizer.
+
+    Patches of 8 px: with 16, shapes of a few patches are told apart two times in three.
+    """
     width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
     text = CLIPTextConfig(
         **width,
@@ -34,56 +49,119 @@ def new_scorer(tokenizer: CLIPTokenizer) -> CLIPModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    vision = CLIPVisionConfig(**width, num_hidden_layers=5, image_size=128, patch_size=16)
-    return CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=256)
+    vision = CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=384,
+        num_attention_heads=3,
+        num_hidden_layers=5,
+        image_size=128,
+        patch_size=_PATCH_PX,
     )
-
-
-def train_scorer(
-    config: TrainConfig, tokenizer: CLIPTokenizer, folder: Path, batch_size: int, device: str
-) -> CLIPModel:
-    """Trains the scorer and returns it with averaged weights."""
-    torch.manual_seed(config.seed)
-    parts = nn.ModuleDict(
-        {"clip": new_scorer(tokenizer), "head": LayoutHead(128), "reader": LayoutReader()}
-    ).to(device)
-
-    def loss_of_step(step: int) -> Tensor:
-        batch = training_scenes(3_000_000 + step, batch_size)
-        captions = [s.caption() for s in batch] + _changed_captions(batch, random.Random(step))
-        encoded = tokenizer(captions, padding=True, return_tensors="pt").to(device)
-        targets = {k: v.to(device) for k, v in layout_targets(batch, GRID).items()}
-        return _loss(parts, normalise((pictures(batch) + 1) / 2).to(device), encoded, targets)
-
-    parts.load_state_dict(train(config, parts, loss_of_step, folder))
-    clip: CLIPModel = parts["clip"].eval()
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=256
+    )
+    config._attn_implementation = "eager"  # fused attention is slow backward in bfloat16
+    clip = CLIPModel(config)
+    _place_patches(clip.vision_model.embeddings.position_embedding)
     return clip
 
 
-def _loss(
-    parts: nn.ModuleDict, pixels: Tensor, encoded: dict[str, Tensor], targets: dict[str, Tensor]
-) -> Tensor:
-    """Returns InfoNCE both ways plus the layout losses; the first B captions are true."""
-    clip: CLIPModel = parts["clip"]
-    seen = clip.vision_model(pixels)
-    read = clip.text_model(encoded["input_ids"])
-    image = F.normalize(clip.visual_projection(seen.pooler_output), dim=-1)
-    text = F.normalize(clip.text_projection(read.pooler_output), dim=-1)
+@torch.no_grad()
+def _place_patches(positions: nn.Embedding) -> None:
+    """Starts the patches' position embeddings as sinusoids of row and column, which tell
+    neighbours from the first step on (Beyer et al. 2022, "Better plain ViT baselines")."""
+    quarter = positions.embedding_dim // 4
+    frequencies = 100.0 ** -(torch.arange(quarter) / quarter)
+    angles = torch.arange(_SIDE)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    down = waves[:, None].expand(-1, _SIDE, -1)
+    across = waves[None].expand(_SIDE, -1, -1)
+    positions.weight[1:] = 0.2 * torch.cat([down, across], dim=-1).flatten(0, 1)
+
+
+class ScorerParts(nn.Module):
+    """The scorer with the heads that only training needs."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.clip = clip
+        width = clip.config.vision_config.hidden_size
+        self.head = LayoutHead(width)
+        self.outline = nn.Linear(width, _FINENESS**2)
+        self.reader = LayoutReader()
+
+    def looking_loss(self, cells: Tensor, layout: dict[str, Tensor], outlines: Tensor) -> Tensor:
+        """Returns the layout and outline losses of the vision tower's (B, 1 + cells, width)."""
+        outline = F.binary_cross_entropy_with_logits(self.outline(cells[:, 1:]), outlines)
+        return self.head.loss(cells[:, 1:], cells[:, 0], layout) + _OUTLINE_WEIGHT * outline
+
+
+def train_scorer(
+    config: TrainConfig,
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    folder: Path,
+    batch_size: int,
+    device: str,
+    *,
+    looking_steps: int,
+    bf16: bool,
+) -> CLIPModel:
+    """Trains `clip` and returns it with averaged weights.
+
+    Args:
+        config: How long and how fast.
+        clip: The scorer to start from.
+        tokenizer: Of its captions.
+        folder: For checkpoints.
+        batch_size: Pictures per step.
+        device: Where to train.
+        looking_steps: How many first steps train the vision tower's layout alone.
+        bf16: Whether forward passes run in bfloat16.
+    """
+    torch.manual_seed(config.seed)
+    parts = ScorerParts(clip).to(device)
+
+    def loss_of_step(step: int) -> Tensor:
+        batch = training_scenes(3_000_000 + step, batch_size)
+        pixels = normalise((pictures(batch) + 1) / 2).to(device)
+        seen = {k: v.to(device) for k, v in layout_targets(batch, _SIDE).items()}
+        with autocast(device, bf16=bf16):
+            cells = clip.vision_model(pixels).last_hidden_state
+        outlines = outline_targets(batch, _SIDE, _FINENESS).to(device)
+        looking = parts.looking_loss(cells.float(), seen, outlines)
+        if step < looking_steps:
+            return looking
+        captions = [s.caption() for s in batch] + _changed_captions(batch, random.Random(step))
+        encoded = tokenizer(captions, padding=True, return_tensors="pt").to(device)
+        with autocast(device, bf16=bf16):
+            read = clip.text_model(encoded["input_ids"])
+        said = {k: v.to(device) for k, v in layout_targets(batch, GRID).items()}
+        reading = parts.reader.loss(read.last_hidden_state[:batch_size].float(), said)
+        whole = clip.vision_model.post_layernorm(cells[:, 0].float())
+        return looking + reading + _contrastive_loss(clip, whole, read.pooler_output.float())
+
+    parts.load_state_dict(train(config, parts, loss_of_step, folder))
+    return clip.eval()
+
+
+def _contrastive_loss(clip: CLIPModel, seen: Tensor, read: Tensor) -> Tensor:
+    """Returns InfoNCE both ways, and of each picture against its own changed captions alone.
+
+    Args:
+        clip: Whose projections and scale are used.
+        seen: (B, width) of the pictures.
+        read: (B + B·negatives, width) of the captions; the first B are true.
+    """
+    image = F.normalize(clip.visual_projection(seen), dim=-1)
+    text = F.normalize(clip.text_projection(read), dim=-1)
     logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
-    count = len(pixels)
-    labels = torch.arange(count, device=pixels.device)
-    contrastive = F.cross_entropy(logits, labels)
-    contrastive = contrastive + F.cross_entropy(logits[:, :count].T, labels)
-    # each picture against its own changed captions alone: what retrieval will ask
+    count = len(seen)
+    labels = torch.arange(count, device=seen.device)
+    loss = F.cross_entropy(logits, labels) + F.cross_entropy(logits[:, :count].T, labels)
+    # what retrieval will ask
     own = torch.cat([logits.diag()[:, None], _own_negatives(logits, count)], 1)
-    contrastive = contrastive + F.cross_entropy(own, torch.zeros_like(labels))
-    head: LayoutHead = parts["head"]  # type: ignore[assignment]
-    reader: LayoutReader = parts["reader"]  # type: ignore[assignment]
-    cells = seen.last_hidden_state
-    layout = head.loss(cells[:, 1:], cells[:, 0], targets)
-    layout = layout + reader.loss(read.last_hidden_state[:count], targets)
-    return contrastive + layout
+    return loss + F.cross_entropy(own, torch.zeros_like(labels))
 
 
 def _own_negatives(logits: Tensor, count: int) -> Tensor:

@@ -8,10 +8,11 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tools.demo_training.loop import TrainConfig, train
+from tools.demo_training.precision import PlainAttention, autocast, keep_group_norms_float32
 from tools.demo_training.text import token_ids
 
 _CAPTION_DROPOUT = 0.1
-_MIN_SNR_GAMMA = 5.0
+_LARGEST_WEIGHT = 8.0
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -37,6 +38,7 @@ def noise_schedule() -> DDPMScheduler:
 
 def train_unet(
     config: TrainConfig,
+    unet: UNet2DConditionModel,
     tokenizer: CLIPTokenizer,
     text: CLIPTextModel,
     latents: Tensor,
@@ -44,19 +46,24 @@ def train_unet(
     folder: Path,
     batch_size: int,
     device: str,
+    *,
+    bf16: bool,
 ) -> UNet2DConditionModel:
-    """Trains on encoded scenes and returns the averaged denoiser.
+    """Trains `unet` on encoded scenes and returns it with averaged weights.
 
-    Source: the noise-prediction loss of Ho et al. 2020 with the min-SNR weighting of Hang et
-    al. 2023 (gamma 5), which for noise prediction is min(SNR, gamma) / SNR.
+    Source: the noise-prediction loss of Ho et al. 2020 with the weights of Yu et al. 2023
+    ("Debias the Training of Diffusion Models"), 1 / sqrt(SNR): what a caption decides, it
+    decides at high noise.
     """
-    torch.manual_seed(config.seed)
-    unet = new_unet().to(device)
+    unet = unet.to(device)
+    unet.set_attn_processor(PlainAttention())
+    keep_group_norms_float32(unet)
     text = text.to(device).eval()
     ids = torch.cat([token_ids(tokenizer, captions[i : i + 512]) for i in _starts(captions)])
     empty = token_ids(tokenizer, [""])[0]
     alphas = noise_schedule().alphas_cumprod
-    weights = torch.clamp(_MIN_SNR_GAMMA * (1 - alphas) / alphas, max=1.0)
+    weights = torch.sqrt((1 - alphas) / alphas).clamp(max=_LARGEST_WEIGHT)
+    weights /= weights.mean()
 
     def loss_of_step(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
@@ -71,7 +78,8 @@ def train_unet(
         with torch.no_grad():
             embeddings = text(tokens.to(device)).last_hidden_state
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-        predicted = unet(noisy, timesteps.to(device), embeddings).sample
+        with autocast(device, bf16=bf16):
+            predicted = unet(noisy, timesteps.to(device), embeddings).sample.float()
         error = (predicted - noise.to(device)).square().mean((1, 2, 3))
         loss: Tensor = (weights[timesteps].to(device) * error).mean()
         return loss
