@@ -1,7 +1,7 @@
 """README's pictures and table: the float32 graph at every step against the bundle's own plan.
 
 Builds both bundles of the demo model, then lets them take turns on the same prompts and seeds,
-in one process:
+in one process, for each number of threads:
 
     python -m benchmarks.first_light            # writes docs/first_light.png and .md
 """
@@ -30,6 +30,11 @@ from runtime.generate import decode_latents, encode_prompt, initial_latents
 from tools.demo import PROMPTS
 
 _GAP_PX = 4
+_HEAD = (
+    "| threads | | denoising loop, ms: median (min–max) | speed-up: median (min–max) | "
+    "graphs, MB | PSNR to float32, dB |",
+    "| --- | --- | --- | --- | --- | --- |",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=15, help="of each side (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N")
     parser.add_argument("--work", type=Path, default=Path("out/first_light"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument(
@@ -75,13 +80,20 @@ def main() -> None:
     args = parser.parse_args()
     if not args.no_build:
         _build(args.work)
-    contenders = _contenders(args.work, args.threads)
+    rows = [row for threads in args.threads for row in _measure(args, threads)]
+    conditions = _conditions(open_bundle(args.work / "int8"), args.runs)
+    table = "\n".join([*_HEAD, *rows, "", conditions]) + "\n"
+    (args.docs / "first_light.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+def _measure(args: argparse.Namespace, threads: int) -> list[str]:
+    """Returns the table's rows for a number of threads, and draws the pictures."""
+    contenders = _contenders(args.work, threads)
     pictures = [[c.draw(prompt, 0)[0] for prompt in PROMPTS] for c in contenders]
     times = _alternate(contenders, args.runs)
     _write_picture(pictures, args.docs / "first_light.png")
-    table = _table(contenders, times, pictures, args.threads)
-    (args.docs / "first_light.md").write_text(table, encoding="utf-8")
-    print(table)
+    return _rows(contenders, times, pictures, threads)
 
 
 def _build(work: Path) -> None:
@@ -116,36 +128,35 @@ def _alternate(contenders: list[Contender], runs: int) -> list[list[float]]:
     return times
 
 
-def _table(
+def _rows(
     contenders: list[Contender],
     times: list[list[float]],
     pictures: list[list[NDArray[np.uint8]]],
     threads: int,
-) -> str:
-    lines = [
-        "| | denoising loop, ms: median (min–max) | speed-up: median (min–max) | graphs, MB | "
-        "PSNR to float32, dB |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+) -> list[str]:
+    """Returns a row per contender; the first is what the others are compared with."""
+    lines = []
     for index, (contender, taken) in enumerate(zip(contenders, times, strict=True)):
         ratios = [reference / own for reference, own in zip(times[0], taken, strict=True)]
         pairs = zip(pictures[0], pictures[index], strict=True)
         psnr = "–" if index == 0 else f"{np.mean([psnr_db(a, b) for a, b in pairs]):.1f}"
         graphs = contender.bundle.manifest.files["graphs.pte"].bytes / 1e6
         lines.append(
-            f"| {contender.name} | {median(taken):.0f} ({min(taken):.0f}–{max(taken):.0f}) | "
+            f"| {threads} | {contender.name} | "
+            f"{median(taken):.0f} ({min(taken):.0f}–{max(taken):.0f}) | "
             f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {graphs:.2f} | {psnr} |"
         )
-    defaults = contenders[0].bundle.manifest.defaults
-    side = contenders[0].bundle.manifest.image_px.height
-    lines += [
-        "",
-        f"Conditions: {_processor()}, {threads} threads, ExecuTorch XNNPACK, demo model, "
-        f"{side}×{side} px, {defaults.noise_scheduler.upper()} {defaults.steps} steps, guidance "
-        f"{defaults.guidance_scale:g}, {len(times[0])} runs of each side in turns in one process. "
-        "The float32 graphs have the same rewrites.",
-    ]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _conditions(bundle: Bundle, runs: int) -> str:
+    defaults, side = bundle.manifest.defaults, bundle.manifest.image_px.height
+    return (
+        f"Conditions: {_processor()}, ExecuTorch XNNPACK, demo model, {side}×{side} px, "
+        f"{defaults.noise_scheduler.upper()} {defaults.steps} steps, guidance "
+        f"{defaults.guidance_scale:g}, {runs} runs of each side in turns in one process. "
+        "The float32 graphs have the same rewrites."
+    )
 
 
 def _write_picture(pictures: list[list[NDArray[np.uint8]]], path: Path) -> None:
