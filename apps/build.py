@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         shallow_layers=args.shallow_layers,
         quantization=args.quantization,
     )
-    with tqdm(total=total * len(prompts), desc="calibrate", unit="step") as progress:
+    with tqdm(total=2 * total * len(prompts), desc="calibrate", unit="step") as progress:
         optimized = optimize(pipeline, config, on_step=progress.update)
     defaults = Defaults(args.scheduler, args.steps, args.guidance_scale, full_steps)
     with written_beside(args.output) as folder:

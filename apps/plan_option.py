@@ -37,7 +37,7 @@ def choose_schedule(
     if form == "uniform" and number.isdecimal():
         return CacheSchedule.uniform(total_steps, int(number))
     if form == "full-steps" and number.isdecimal():
-        return plan_full_steps(reuse_table().errors, int(number))
+        return plan_full_steps(reuse_table().errors(), int(number))
     if re.fullmatch("[FSK]+", plan):
         return CacheSchedule.from_string(plan)
     if plan.endswith(".json"):

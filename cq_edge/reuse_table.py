@@ -14,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cq_edge.correction import ChannelCorrection
-from cq_edge.errors import BundleError, CalibrationError, OutputExistsError
+from cq_edge.errors import BundleError, CalibrationError, OutputExistsError, UsageError
+
+OBJECTIVES = ("noise_pred", "feature_l1")
+"""What a plan may minimise the sum of; the first is the default."""
 
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
@@ -31,9 +34,12 @@ class ReuseTable:
         noise_scheduler: Name of the noise scheduler that it was measured with.
         steps: Sampler steps asked for (PNDM evaluates the denoiser once more).
         guidance_scale: Of the run that was measured.
-        objective: What the errors are, e.g. "feature_l1".
         timesteps: (T,) float32, the noise scheduler's.
-        errors: (T, G+1) float64, 0 or more, 0 in column 0; G is the largest gap.
+        noise_pred: (T, G+1) float64, 0 or more, 0 in column 0; G is the largest gap. The mean
+            squared error of the guided noise prediction with the corrected feature, times the
+            square of the step's influence: its share of the final latents' mean squared error.
+        feature_l1: (T, G+1) float64 likewise: the mean absolute difference of the cached
+            features, which is the paper's objective.
         gain: (T, G+1, C) float32 over the C channels of the cached feature.
         bias: (T, G+1, C) float32.
     """
@@ -41,17 +47,16 @@ class ReuseTable:
     noise_scheduler: str
     steps: int
     guidance_scale: float
-    objective: str
     timesteps: NDArray[np.float32]
-    errors: NDArray[np.float64]
+    noise_pred: NDArray[np.float64]
+    feature_l1: NDArray[np.float64]
     gain: NDArray[np.float32]
     bias: NDArray[np.float32]
 
     def __post_init__(self) -> None:
         """Refuses arrays that do not belong together and entries that nothing can use."""
-        for name in ("noise_scheduler", "objective"):
-            if not getattr(self, name):
-                raise CalibrationError(f"{name} of a reuse table is empty: name it")
+        if not self.noise_scheduler:
+            raise CalibrationError("noise_scheduler of a reuse table is empty: name it")
         if self.steps < 1:
             raise CalibrationError(f"steps of a reuse table is {self.steps}: it must be 1 or more")
         if not math.isfinite(self.guidance_scale):
@@ -64,12 +69,23 @@ class ReuseTable:
     @property
     def max_gap(self) -> int:
         """The largest gap that was measured."""
-        return int(self.errors.shape[1]) - 1
+        return int(self.noise_pred.shape[1]) - 1
 
     @property
     def channels(self) -> int:
         """Channels of the cached feature."""
         return int(self.gain.shape[2])
+
+    def errors(self, objective: str = OBJECTIVES[0]) -> NDArray[np.float64]:
+        """Returns the (T, G+1) reuse errors that a plan is to minimise the sum of.
+
+        Raises:
+            UsageError: There is no such objective.
+        """
+        if objective not in OBJECTIVES:
+            raise UsageError(f"objective is {objective!r}: choose {' or '.join(OBJECTIVES)}")
+        errors: NDArray[np.float64] = getattr(self, objective)
+        return errors
 
     def correction(self, anchor: int, step: int) -> ChannelCorrection:
         """Returns the correction of a step that reuses an anchor; the identity for its own.
@@ -122,9 +138,9 @@ class ReuseTable:
                 noise_scheduler=_scalar(content, "noise_scheduler", str),
                 steps=_scalar(content, "steps", int),
                 guidance_scale=_scalar(content, "guidance_scale", float),
-                objective=_scalar(content, "objective", str),
                 timesteps=content["timesteps"],
-                errors=content["errors"],
+                noise_pred=content["noise_pred"],
+                feature_l1=content["feature_l1"],
                 gain=content["gain"],
                 bias=content["bias"],
             )
@@ -132,33 +148,41 @@ class ReuseTable:
             raise BundleError(f"{path} is not a reuse table: {error}") from None
 
     def _check_shapes(self) -> None:
-        dims = {"timesteps": 1, "errors": 2, "gain": 3, "bias": 3}
+        dims = {"timesteps": 1, "noise_pred": 2, "feature_l1": 2, "gain": 3, "bias": 3}
         for name, ndim in dims.items():
             array = getattr(self, name)
-            dtype = "float64" if name == "errors" else "float32"
+            dtype = "float64" if name in OBJECTIVES else "float32"
             if array.ndim != ndim or array.dtype != dtype or 0 in array.shape:
                 raise CalibrationError(
                     f"{name} of a reuse table is {array.dtype} of shape {array.shape}: "
                     f"it must be {dtype} with {ndim} dimensions, none empty"
                 )
-        step_count, columns = self.errors.shape
-        rest = (self.timesteps.shape, self.gain.shape[:2], self.gain.shape)
-        if rest != ((step_count,), (step_count, columns), self.bias.shape):
+        shapes = {name: getattr(self, name).shape for name in dims}
+        step_count, columns = self.noise_pred.shape
+        pairs = (step_count, columns)
+        whole = (*pairs, self.channels)
+        if list(shapes.values()) != [(step_count,), pairs, pairs, whole, whole]:
+            found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise CalibrationError(
-                f"timesteps {self.timesteps.shape}, errors {self.errors.shape}, gain "
-                f"{self.gain.shape} and bias {self.bias.shape} of a reuse table do not belong "
-                "together: they must be (T,), (T, G+1), (T, G+1, C) and (T, G+1, C)"
+                f"{found} of a reuse table do not belong together: they must be (T,), "
+                "(T, G+1) twice and (T, G+1, C) twice"
             )
 
     def _check_entries(self) -> None:
         if not np.isfinite(self.timesteps).all():
             raise CalibrationError("a timestep of the reuse table is not a number")
-        anchor, gap = np.indices(self.errors.shape)
-        used = anchor + gap < len(self.errors)
-        with np.errstate(invalid="ignore"):
-            usable = np.isfinite(self.errors) & (self.errors >= 0)
-        _require(usable | ~used, "the reuse error", "it must be a number of 0 or more")
-        _require((self.errors == 0) | (gap > 0), "the reuse error", "a step's own must be 0")
+        anchor, gap = np.indices(self.noise_pred.shape)
+        used = anchor + gap < len(self.timesteps)
+        for name in OBJECTIVES:
+            errors = self.errors(name)
+            with np.errstate(invalid="ignore"):
+                usable = np.isfinite(errors) & (errors >= 0)
+            _require(
+                usable | ~used, f"the reuse error ({name})", "it must be a number of 0 or more"
+            )
+            _require(
+                (errors == 0) | (gap > 0), f"the reuse error ({name})", "a step's own must be 0"
+            )
         for name in ("gain", "bias"):
             finite = np.isfinite(getattr(self, name)).all(axis=2)
             _require(finite | ~used, f"the {name}", "every channel must be finite")

@@ -90,19 +90,21 @@ def reuse_table(noise_scheduler: str = "ddim", steps: int = STEPS) -> ReuseTable
     rng = np.random.default_rng(5)
     timesteps = make_noise_scheduler(noise_scheduler, steps, NoiseScheduleConfig()).timesteps
     shape = (len(timesteps), MAX_GAP + 1)
-    errors = rng.uniform(0.1, 1.0, shape)
+    noise_pred, feature_l1 = rng.uniform(0.1, 1.0, (2, *shape))
     gain = rng.uniform(0.9, 1.1, (*shape, CHANNELS)).astype(np.float32)
     bias = rng.uniform(-0.1, 0.1, (*shape, CHANNELS)).astype(np.float32)
     beyond = np.arange(shape[0])[:, None] + np.arange(shape[1]) >= shape[0]
-    errors[:, 0], gain[:, 0], bias[:, 0] = 0, 1, 0
-    errors[beyond], gain[beyond], bias[beyond] = np.nan, np.nan, np.nan
+    noise_pred[:, 0] = feature_l1[:, 0] = 0
+    gain[:, 0], bias[:, 0] = 1, 0
+    for array in (noise_pred, feature_l1, gain, bias):
+        array[beyond] = np.nan
     return ReuseTable(
         noise_scheduler=noise_scheduler,
         steps=steps,
         guidance_scale=5.0,
-        objective="feature_l1",
         timesteps=timesteps,
-        errors=errors,
+        noise_pred=noise_pred,
+        feature_l1=feature_l1,
         gain=gain,
         bias=bias,
     )

@@ -1,8 +1,10 @@
-"""Calibration: runs the full graph over prompts and measures what reuse would cost.
+"""Calibration: runs the graphs over prompts and measures what reuse costs.
 
-For every anchor step i and later step k = i + gap, it compares the cached features of the two
-steps on the same trajectory: their L1 distance (the paper's objective) and the per-channel
-correction that maps one onto the other best.
+Every prompt is run twice, with the full graph at every step. The first run compares the cached
+features of every anchor step i and later step k = i + gap: their L1 distance (the paper's
+objective) and the per-channel correction that maps one onto the other best. The second run also
+predicts each step k with the shallow graph from every corrected feature i, and measures by how
+much the guided noise prediction is wrong.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +17,14 @@ from torch import Tensor
 
 from cq_edge.correction import MomentAccumulator
 from cq_edge.errors import CalibrationError
+from cq_edge.influence import step_influence
 from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.reuse_table import ReuseTable
 
 FullGraph = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+ShallowGraph = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Prompt = tuple[Tensor, Tensor]
+"""The (uncond, cond) embeddings of a prompt, each (1, 77, D)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +55,8 @@ class Calibration:
 @torch.no_grad()
 def capture(
     full: FullGraph,
-    embeddings: Sequence[tuple[Tensor, Tensor]],
+    shallow: ShallowGraph,
+    prompts: Sequence[Prompt],
     noise_scheduler: NoiseScheduler,
     latents_shape: tuple[int, int, int],
     *,
@@ -59,90 +66,141 @@ def capture(
     sampled_steps: int = 4,
     on_step: Callable[[], object] = lambda: None,
 ) -> Calibration:
-    """Runs every prompt through all steps with `full` and returns what was measured.
+    """Runs every prompt through all steps and returns what was measured.
 
     Args:
-        full: `FullUNet`, or anything that is called as it is.
-        embeddings: For each prompt the (uncond, cond) embeddings, each (1, 77, D).
+        full: `FullUNet`, or anything that is called as it is; what will be exported, so that
+            its quantisation is part of what is measured.
+        shallow: Its `ShallowUNet`.
+        prompts: The embeddings to calibrate with.
         noise_scheduler: Of T steps.
         latents_shape: (4, h, w).
         guidance_scale: 1.0 runs the guided branch alone.
         max_gap: The largest gap measured; cut to T - 1.
         seed: Of the initial noise; prompt n takes seed + n.
         sampled_steps: How many steps of each prompt go into `samples`, spread evenly.
-        on_step: Called after each step of each prompt, for progress bars.
+        on_step: Called after each step of each prompt's two runs, for progress bars.
 
     Raises:
-        CalibrationError: If there is no prompt, or a step gives a non-finite prediction.
+        CalibrationError: If there is no prompt, or a step gives something non-finite.
     """
-    if not embeddings:
+    if not prompts:
         raise CalibrationError("calibration needs at least one prompt")
     total = len(noise_scheduler.timesteps)
-    max_gap = min(max_gap, total - 1)
-    sums = [[_PairSum() for _ in range(min(max_gap, total - 1 - i))] for i in range(total)]
-    kept = set(np.linspace(0, total - 1, sampled_steps).round().astype(int).tolist())
-    samples: list[StepSample] = []
-    finals: list[NDArray[np.float32]] = []
-    for number, (uncond, cond) in enumerate(embeddings):
-        context = cond if guidance_scale == 1.0 else torch.cat([uncond, cond])
-        noise = _noise((1, *latents_shape), seed + number) * noise_scheduler.init_noise_sigma
-        features: list[NDArray[np.float32]] = []
-        for visit in _trajectory(full, context, noise_scheduler, noise, guidance_scale, number):
-            step = visit.step
-            features.append(visit.feature)
-            for gap in range(1, min(max_gap, step) + 1):
-                sums[step - gap][gap - 1].add(features[step - gap], features[step])
-            if step in kept:
-                gap = min(step, 1 + len(samples) % max(1, max_gap))
-                samples.append(visit.sample(gap, cond, features[step - gap]))
-            if step >= max_gap:
-                features[step - max_gap] = visit.feature[:0]  # no later step looks so far back
+    loop = _Loop(full, noise_scheduler, latents_shape, guidance_scale, seed)
+    features = _FeatureRun(total, min(max_gap, total - 1), sampled_steps)
+    for number, prompt in enumerate(prompts):
+        for visit in loop.run(number, prompt):
+            features.take(visit, prompt)
             on_step()
-        finals.append(visit.after.numpy())
-    table = _table(sums, max_gap, noise_scheduler, guidance_scale)
-    return Calibration(table, tuple(samples), tuple(finals))
+    gain, bias = features.corrections()
+    squares = np.zeros((total, features.max_gap + 1))
+    for number, prompt in enumerate(prompts):
+        anchors: list[_Visit] = []
+        for visit in loop.run(number, prompt):
+            anchors = [*anchors, visit][-1 - features.max_gap :]
+            for gap, anchor in enumerate(reversed(anchors[:-1]), start=1):
+                pair = (anchor.step, gap)
+                repaired = (torch.from_numpy(gain[pair]), torch.from_numpy(bias[pair]))
+                reused = loop.shallow_prediction(shallow, visit, prompt, anchor, repaired)
+                squares[pair] += float((reused - visit.noise_pred).square().mean())
+            on_step()
+    influence = step_influence(noise_scheduler)
+    step = np.add.outer(np.arange(total), np.arange(features.max_gap + 1))
+    weights = influence[np.minimum(step, total - 1)] ** 2
+    errors = np.where(step < total, squares * weights / len(prompts), np.nan)
+    table = ReuseTable(
+        noise_scheduler=noise_scheduler.name,
+        steps=noise_scheduler.steps,
+        guidance_scale=guidance_scale,
+        timesteps=np.asarray(noise_scheduler.timesteps, np.float32),
+        noise_pred=errors,
+        feature_l1=features.l1(),
+        gain=gain,
+        bias=bias,
+    )
+    return Calibration(table, tuple(features.samples), tuple(features.finals))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Visit:
-    """One step of one prompt: what the network saw, its feature, and the latents after it."""
+    """One step of one prompt: what the network saw and said, and the latents after it.
+
+    `features` are the branches' cached features, each (1, C, h, w), the guided branch last.
+    """
 
     step: int
-    timestep: float
+    timestep: Tensor
     seen: Tensor
-    feature: NDArray[np.float32]
+    noise_pred: Tensor
+    features: tuple[Tensor, ...]
     after: Tensor
 
-    def sample(self, gap: int, cond: Tensor, anchor: NDArray[np.float32]) -> StepSample:
-        """Returns the guided branch's record, with the feature of `gap` steps earlier."""
-        return StepSample(
-            self.step, gap, self.timestep, self.seen.numpy(), cond.numpy(), anchor[-1:]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Loop:
+    """The denoising loop with the full graph at every step."""
+
+    full: FullGraph
+    noise_scheduler: NoiseScheduler
+    latents_shape: tuple[int, int, int]
+    guidance_scale: float
+    seed: int
+
+    def run(self, number: int, prompt: Prompt) -> Iterator[_Visit]:
+        """Runs prompt `number` through all steps."""
+        latents = _noise((1, *self.latents_shape), self.seed + number)
+        latents = latents * self.noise_scheduler.init_noise_sigma
+        history: tuple[Tensor, ...] = ()
+        for step, time in enumerate(self.noise_scheduler.timesteps):
+            seen, timestep = self.noise_scheduler.model_input(latents, step), torch.tensor([time])
+            # branch by branch, as the exported graphs run: activations are quantised per run
+            runs = [self.full(seen, timestep, context) for context in self._branches(prompt)]
+            noise_pred = self._guided([prediction for prediction, _ in runs])
+            features = tuple(feature for _, feature in runs)
+            _check_finite(number, step, noise_pred, features)
+            latents, history = self.noise_scheduler.advance(latents, noise_pred, step, history)
+            yield _Visit(step, timestep, seen, noise_pred, features, latents)
+
+    def shallow_prediction(
+        self,
+        shallow: ShallowGraph,
+        visit: _Visit,
+        prompt: Prompt,
+        anchor: _Visit,
+        correction: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Returns the guided noise prediction at a visit that reuses an anchor's features."""
+        branches = zip(self._branches(prompt), anchor.features, strict=True)
+        return self._guided(
+            [
+                shallow(visit.seen, visit.timestep, context, feature, *correction)
+                for context, feature in branches
+            ]
         )
 
+    def _branches(self, prompt: Prompt) -> Sequence[Tensor]:
+        return prompt[1:] if self.guidance_scale == 1.0 else prompt
 
-def _trajectory(
-    full: FullGraph,
-    context: Tensor,
-    noise_scheduler: NoiseScheduler,
-    latents: Tensor,
-    guidance_scale: float,
-    number: int,
-) -> Iterator[_Visit]:
-    """Runs one prompt through all steps; `context` holds the branches, guided last."""
-    history: tuple[Tensor, ...] = ()
-    for step, timestep in enumerate(noise_scheduler.timesteps):
-        seen = noise_scheduler.model_input(latents, step)
-        noise_pred, feature = full(
-            seen.expand(len(context), -1, -1, -1), torch.tensor([timestep]), context
-        )
-        if not bool(torch.isfinite(noise_pred).all() and torch.isfinite(feature).all()):
+    def _guided(self, predictions: list[Tensor]) -> Tensor:
+        if len(predictions) == 1:
+            return predictions[0]
+        uncond, cond = predictions
+        return uncond + self.guidance_scale * (cond - uncond)
+
+
+def _check_finite(number: int, step: int, noise_pred: Tensor, features: tuple[Tensor, ...]) -> None:
+    for feature in features:
+        finite = torch.isfinite(feature).all(dim=(0, 2, 3))
+        if not finite.all():
             raise CalibrationError(
-                f"prompt {number}, step {step}: the denoiser gave a non-finite prediction"
+                f"prompt {number}, step {step}: channel {int(finite.int().argmin())} of the "
+                "cached feature is not finite"
             )
-        if len(context) == 2:
-            noise_pred = noise_pred[:1] + guidance_scale * (noise_pred[1:] - noise_pred[:1])
-        latents, history = noise_scheduler.advance(latents, noise_pred, step, history)
-        yield _Visit(step, float(timestep), seen, feature.numpy(), latents)
+    if not torch.isfinite(noise_pred).all():
+        raise CalibrationError(
+            f"prompt {number}, step {step}: the denoiser gave a non-finite prediction"
+        )
 
 
 def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -150,49 +208,78 @@ def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
+class _FeatureRun:
+    """What the first run measures: of every (anchor, step) pair, and samples on the way."""
+
+    def __init__(self, total: int, max_gap: int, sampled_steps: int) -> None:
+        self.max_gap = max_gap
+        self.samples: list[StepSample] = []
+        self.finals: list[NDArray[np.float32]] = []
+        self._total = total
+        self._pairs = [
+            [_PairSum() for _ in range(min(max_gap, total - 1 - i))] for i in range(total)
+        ]
+        self._kept = set(np.linspace(0, total - 1, sampled_steps).round().astype(int).tolist())
+        self._recent: list[NDArray[np.float32]] = []  # of the last max_gap + 1 steps
+
+    def take(self, visit: _Visit, prompt: Prompt) -> None:
+        """Takes in the next step of a prompt's run."""
+        if visit.step == 0:
+            self._recent = []
+        feature = torch.cat(visit.features).numpy()
+        self._recent = [*self._recent, feature][-1 - self.max_gap :]
+        for gap, anchor in enumerate(reversed(self._recent[:-1]), start=1):
+            self._pairs[visit.step - gap][gap - 1].add(anchor, feature)
+        if visit.step in self._kept:
+            self._sample(visit, prompt)
+        if visit.step == self._total - 1:
+            self.finals.append(visit.after.numpy())
+
+    def corrections(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Returns gain and bias, each (T, G+1, C); NaN beyond the last step."""
+        channels = self._recent[0].shape[1]
+        gain, bias = np.full((2, self._total, self.max_gap + 1, channels), np.nan, np.float32)
+        gain[:, 0], bias[:, 0] = 1, 0
+        for anchor, row in enumerate(self._pairs):
+            for gap, pair in enumerate(row, start=1):
+                fitted = pair.moments.fit()
+                gain[anchor, gap], bias[anchor, gap] = fitted.gain, fitted.bias
+        return gain, bias
+
+    def l1(self) -> NDArray[np.float64]:
+        """Returns (T, G+1) mean absolute differences; NaN beyond the last step."""
+        errors = np.full((self._total, self.max_gap + 1), np.nan)
+        errors[:, 0] = 0
+        for anchor, row in enumerate(self._pairs):
+            for gap, pair in enumerate(row, start=1):
+                errors[anchor, gap] = pair.l1 / pair.count
+        return errors
+
+    def _sample(self, visit: _Visit, prompt: Prompt) -> None:
+        gap = min(visit.step, 1 + len(self.samples) % max(1, self.max_gap))
+        self.samples.append(
+            StepSample(
+                visit.step,
+                gap,
+                float(visit.timestep),
+                visit.seen.numpy(),
+                prompt[1].numpy(),
+                self._recent[-1 - gap][-1:],
+            )
+        )
+
+
 class _PairSum:
-    """Everything measured of one (anchor, step) pair over all prompts."""
+    """The sums over all prompts of one (anchor, step) pair."""
 
     def __init__(self) -> None:
-        self._moments = MomentAccumulator()
-        self._l1 = 0.0
-        self._count = 0
+        self.moments = MomentAccumulator()
+        self.l1 = 0.0
+        self.count = 0
 
     def add(self, anchor: NDArray[np.float32], later: NDArray[np.float32]) -> None:
         channels = anchor.shape[1]
         x, y = (np.moveaxis(f, 1, -1).reshape(-1, channels) for f in (anchor, later))
-        self._moments.add(x, y)
-        self._l1 += float(np.abs(y - x).mean(dtype=np.float64))
-        self._count += 1
-
-    def l1(self) -> float:
-        return self._l1 / self._count
-
-    def correction(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        fitted = self._moments.fit()
-        return fitted.gain, fitted.bias
-
-
-def _table(
-    sums: list[list[_PairSum]], max_gap: int, noise_scheduler: NoiseScheduler, guidance_scale: float
-) -> ReuseTable:
-    total = len(sums)
-    channels = len(sums[0][0].correction()[0]) if sums[0] else 1
-    errors = np.full((total, max_gap + 1), np.nan)
-    errors[:, 0] = 0.0
-    gain = np.ones((total, max_gap + 1, channels), np.float32)
-    bias = np.zeros_like(gain)
-    for anchor, row in enumerate(sums):
-        for gap, pair in enumerate(row, start=1):
-            errors[anchor, gap] = pair.l1()
-            gain[anchor, gap], bias[anchor, gap] = pair.correction()
-    return ReuseTable(
-        noise_scheduler=noise_scheduler.name,
-        steps=noise_scheduler.steps,
-        guidance_scale=guidance_scale,
-        objective="feature_l1",
-        timesteps=np.asarray(noise_scheduler.timesteps, np.float32),
-        errors=errors,
-        gain=gain,
-        bias=bias,
-    )
+        self.moments.add(x, y)
+        self.l1 += float(np.abs(y - x).mean(dtype=np.float64))
+        self.count += 1

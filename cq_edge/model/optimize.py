@@ -91,12 +91,13 @@ def optimize(
     config: OptimizeConfig,
     on_step: Callable[[], object] = lambda: None,
 ) -> Optimized:
-    """Splits, calibrates, rewrites and quantises a pipeline.
+    """Splits, rewrites, quantises and calibrates a pipeline.
 
     Args:
         pipeline: As `load_pipeline` returns it; left as it was.
         config: What to calibrate for and how to quantise.
-        on_step: Called after every denoiser step of the calibration, for progress bars.
+        on_step: Called after every step of the calibration's two runs per prompt, for progress
+            bars.
 
     Raises:
         ModelError: If the UNet cannot be split.
@@ -106,8 +107,10 @@ def optimize(
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
     full, shallow = split_unet(pipeline.unet, config.shallow_layers)
     side = pipeline.unet.config.sample_size
+    edge_full, edge_shallow = edge_unet(full, shallow, config.quantization)
     calibration = capture(
-        full,
+        edge_full,
+        edge_shallow,
         embed_prompts(pipeline, config.prompts),
         make_noise_scheduler(config.noise_scheduler, config.steps, noise_schedule),
         (pipeline.unet.config.in_channels, side, side),
@@ -122,7 +125,6 @@ def optimize(
         "denoise_shallow": shallow,
         "decode": decode,
     }
-    edge_full, edge_shallow = edge_unet(full, shallow, config.quantization)
     edge: dict[str, nn.Module] = {
         "encode": rewrite_for_xnnpack(EncodeGraph(pipeline.text_encoder)),
         "denoise": edge_full,

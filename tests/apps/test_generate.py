@@ -44,7 +44,7 @@ def test_a_prompt_becomes_the_picture_that_the_runtime_makes_of_it(
     negative, _ = encode_prompt(engine, bundle.tokenizer(), "")
     scheduler = make_noise_scheduler("ddim", 10, NoiseScheduleConfig())
     table = reuse_table()
-    schedule = plan_full_steps(table.errors, 4)
+    schedule = plan_full_steps(table.errors(), 4)
     latents = initial_latents((4, SIDE, SIDE), 7, 1.0)
     given = Guidance(prompt, negative, 5.0)
     *_, last = denoise(engine, scheduler, schedule, latents, given, table)
@@ -75,7 +75,7 @@ def test_the_last_line_of_json_says_what_was_made(generate: Generate) -> None:
 def test_a_picture_says_how_it_was_made(generate: Generate) -> None:
     generate("a «star» 星", "--negative-prompt", "blur", "--seed", "5", "-o", "star.png")
     texts = Image.open("star.png").text
-    plan = plan_full_steps(reuse_table().errors, 4).to_string()
+    plan = plan_full_steps(reuse_table().errors(), 4).to_string()
     assert json.loads(texts["cq-edge"]) == {
         "prompt": "a «star» 星",
         "negative_prompt": "blur",
@@ -105,7 +105,7 @@ def test_image_i_of_several_is_the_single_image_of_seed_plus_i(generate: Generat
     [
         ("full", "FFFFFFFFFF"),
         ("uniform:3", "FSSFSSFSSF"),
-        ("full-steps:5", plan_full_steps(reuse_table().errors, 5).to_string()),
+        ("full-steps:5", plan_full_steps(reuse_table().errors(), 5).to_string()),
         ("FSSSFKSFSS", "FSSSFKSFSS"),
         ("plan.json", "FFSFSFSFSF"),
     ],

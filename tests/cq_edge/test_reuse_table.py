@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cq_edge.errors import BundleError, CalibrationError, OutputExistsError
+from cq_edge.errors import BundleError, CalibrationError, OutputExistsError, UsageError
 from cq_edge.reuse_table import ReuseTable
 
 T, G, C = 5, 2, 3
@@ -12,16 +12,17 @@ T, G, C = 5, 2, 3
 
 def table():
     rng = np.random.default_rng(0)
-    errors = rng.random((T, G + 1))
+    noise_pred, feature_l1 = rng.random((2, T, G + 1))
     gain = rng.random((T, G + 1, C)).astype(np.float32)
     bias = rng.random((T, G + 1, C)).astype(np.float32)
-    errors[:, 0] = 0
+    noise_pred[:, 0] = feature_l1[:, 0] = 0
     for anchor in range(T):
         for gap in range(G + 1):
             if anchor + gap >= T:
-                errors[anchor, gap] = gain[anchor, gap] = bias[anchor, gap] = np.nan
+                noise_pred[anchor, gap] = feature_l1[anchor, gap] = np.nan
+                gain[anchor, gap] = bias[anchor, gap] = np.nan
     timesteps = np.linspace(900, 1, T, dtype=np.float32)
-    return ReuseTable("pndm", 4, 7.5, "feature_l1", timesteps, errors, gain, bias)
+    return ReuseTable("pndm", 4, 7.5, timesteps, noise_pred, feature_l1, gain, bias)
 
 
 def changed(name, index, value):
@@ -34,10 +35,10 @@ def test_a_table_survives_its_file_bit_for_bit(tmp_path):
     original = table()
     original.save(tmp_path / "reuse.npz")
     loaded = ReuseTable.load(tmp_path / "reuse.npz")
-    for name in ("noise_scheduler", "steps", "guidance_scale", "objective"):
+    for name in ("noise_scheduler", "steps", "guidance_scale"):
         assert getattr(loaded, name) == getattr(original, name)
         assert type(getattr(loaded, name)) is type(getattr(original, name))
-    for name in ("timesteps", "errors", "gain", "bias"):
+    for name in ("timesteps", "noise_pred", "feature_l1", "gain", "bias"):
         found, expected = getattr(loaded, name), getattr(original, name)
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
@@ -60,6 +61,14 @@ def test_correction_is_the_entry_of_anchor_and_gap():
     np.testing.assert_array_equal(found.bias, table().bias[1, 2])
 
 
+def test_errors_are_those_of_the_objective_asked_for():
+    np.testing.assert_array_equal(table().errors(), table().noise_pred)
+    np.testing.assert_array_equal(table().errors("feature_l1"), table().feature_l1)
+    message = "objective is 'l2': choose noise_pred or feature_l1"
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        table().errors("l2")
+
+
 def test_a_steps_own_correction_is_the_identity():
     found = table().correction(4, 4)
     np.testing.assert_array_equal(found.gain, np.ones(C))
@@ -80,18 +89,19 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
     ("change", "message"),
     [
         (
-            changed("errors", (1, 2), np.nan),
-            "the reuse error of step 3 with anchor 1 (gap 2) is unusable: it must be a number "
-            "of 0 or more",
+            changed("noise_pred", (1, 2), np.nan),
+            "the reuse error (noise_pred) of step 3 with anchor 1 (gap 2) is unusable: it must be "
+            "a number of 0 or more",
         ),
         (
-            changed("errors", (2, 1), -1),
-            "the reuse error of step 3 with anchor 2 (gap 1) is unusable: it must be a number "
-            "of 0 or more",
+            changed("feature_l1", (2, 1), -1),
+            "the reuse error (feature_l1) of step 3 with anchor 2 (gap 1) is unusable: it must be "
+            "a number of 0 or more",
         ),
         (
-            changed("errors", (3, 0), 1),
-            "the reuse error of step 3 with anchor 3 (gap 0) is unusable: a step's own must be 0",
+            changed("noise_pred", (3, 0), 1),
+            "the reuse error (noise_pred) of step 3 with anchor 3 (gap 0) is unusable: a step's "
+            "own must be 0",
         ),
         (
             changed("gain", (0, 2, 1), np.inf),
@@ -107,16 +117,17 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
         ),
         (
             {"bias": np.ones((T, G + 1, C + 1), np.float32)},
-            "timesteps (5,), errors (5, 3), gain (5, 3, 3) and bias (5, 3, 4) of a reuse table "
-            "do not belong together: they must be (T,), (T, G+1), (T, G+1, C) and (T, G+1, C)",
+            "timesteps (5,), noise_pred (5, 3), feature_l1 (5, 3), gain (5, 3, 3), bias (5, 3, 4) "
+            "of a reuse table do not belong together: they must be (T,), (T, G+1) twice and "
+            "(T, G+1, C) twice",
         ),
         (
-            {"errors": np.zeros((T, G + 1), np.float32)},
-            "errors of a reuse table is float32 of shape (5, 3): it must be float64 with 2 "
+            {"noise_pred": np.zeros((T, G + 1), np.float32)},
+            "noise_pred of a reuse table is float32 of shape (5, 3): it must be float64 with 2 "
             "dimensions, none empty",
         ),
         ({"steps": 0}, "steps of a reuse table is 0: it must be 1 or more"),
-        ({"objective": ""}, "objective of a reuse table is empty: name it"),
+        ({"noise_scheduler": ""}, "noise_scheduler of a reuse table is empty: name it"),
         (
             {"guidance_scale": float("nan")},
             "guidance_scale of a reuse table is nan: it must be a number",
@@ -192,11 +203,11 @@ def test_a_bare_array_is_no_reuse_table(tmp_path):
         ({"gain": None}, "it lacks gain"),
         ({"extra": np.zeros(1)}, "it has the unknown key extra"),
         ({"steps": np.zeros(2)}, "steps is not a single int"),
-        ({"objective": np.array(3)}, "objective is not a single str"),
+        ({"noise_scheduler": np.array(3)}, "noise_scheduler is not a single str"),
         (
-            {"errors": np.full((T, G + 1), np.nan)},
-            "the reuse error of step 0 with anchor 0 (gap 0) is unusable: it must be a number of "
-            "0 or more",
+            {"feature_l1": np.full((T, G + 1), np.nan)},
+            "the reuse error (feature_l1) of step 0 with anchor 0 (gap 0) is unusable: it must be "
+            "a number of 0 or more",
         ),
     ],
 )
@@ -215,6 +226,6 @@ class Detonator:
 
 def test_pickle_is_never_run(tmp_path):
     path = tmp_path / "reuse.npz"
-    saved(path, objective=np.array([Detonator()], dtype=object))
+    saved(path, noise_scheduler=np.array([Detonator()], dtype=object))
     with pytest.raises(BundleError, match="is not a reuse table: Object arrays cannot be loaded"):
         ReuseTable.load(path)

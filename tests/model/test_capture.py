@@ -4,6 +4,7 @@ import torch
 
 from cq_edge.correction import fit_correction
 from cq_edge.errors import CalibrationError
+from cq_edge.influence import step_influence
 from cq_edge.model.capture import capture
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
@@ -12,16 +13,33 @@ _STEPS = 6
 
 
 class _Recorder:
-    """A denoiser whose feature is a channel-wise function of what it sees, all calls kept."""
+    """A denoiser whose feature is a channel-wise function of what it sees; the features of its
+    first run are kept, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, branches: int, prompts: int) -> None:
         self.features: list[np.ndarray] = []
+        self.calls = branches * prompts * _STEPS
 
     def __call__(self, latents, timestep, embeddings):
         scale = 1 + timestep.view(1, 1, 1, 1) / 1000
         feature = torch.cat([latents * scale, latents**2], dim=1)[:, :6]
-        self.features.append(feature.numpy())
-        return 0.1 * latents + embeddings.mean((1, 2)).view(-1, 1, 1, 1), feature
+        if len(self.features) < self.calls:
+            self.features.append(feature.numpy())
+        one, zero = torch.ones(6), torch.zeros(6)
+        return _shallow(latents, timestep, embeddings, feature, one, zero), feature
+
+
+def _shallow(latents, timestep, embeddings, feature, gain, bias):
+    del timestep
+    corrected = gain.view(1, -1, 1, 1) * feature + bias.view(1, -1, 1, 1)
+    return 0.1 * latents + corrected[:, :4] + embeddings.mean((1, 2)).view(-1, 1, 1, 1)
+
+
+def _by_step(recorder, prompt):
+    """The features of a prompt's steps, (2, 6, h, w) each: both branches."""
+    start = prompt * 2 * _STEPS
+    kept = recorder.features[start : start + 2 * _STEPS]
+    return [np.concatenate(kept[i : i + 2]) for i in range(0, len(kept), 2)]
 
 
 def _prompts(count):
@@ -35,15 +53,15 @@ def _scheduler():
 
 
 def test_errors_and_corrections_are_those_of_the_features_seen():
-    recorder = _Recorder()
-    table = capture(recorder, _prompts(3), _scheduler(), _SHAPE, max_gap=3).table
-    assert table.errors.shape == (_STEPS, 4)
-    by_prompt = [recorder.features[n * _STEPS : (n + 1) * _STEPS] for n in range(3)]
+    recorder = _Recorder(2, 3)
+    table = capture(recorder, _shallow, _prompts(3), _scheduler(), _SHAPE, max_gap=3).table
+    assert table.feature_l1.shape == (_STEPS, 4)
+    by_prompt = [_by_step(recorder, n) for n in range(3)]
     for anchor in range(_STEPS):
         for gap in range(1, min(3, _STEPS - 1 - anchor) + 1):
             pairs = [(f[anchor], f[anchor + gap]) for f in by_prompt]
             expected = np.mean([np.abs(y - x).mean() for x, y in pairs])
-            assert table.errors[anchor, gap] == pytest.approx(expected, rel=1e-6)
+            assert table.feature_l1[anchor, gap] == pytest.approx(expected, rel=1e-6)
             x, y = (np.concatenate([p[i] for p in pairs]) for i in (0, 1))
             x, y = (np.moveaxis(a, 1, -1).reshape(-1, 6) for a in (x, y))
             fitted = fit_correction(x, y)
@@ -52,40 +70,85 @@ def test_errors_and_corrections_are_those_of_the_features_seen():
             np.testing.assert_allclose(measured.bias, fitted.bias, rtol=1e-4, atol=1e-5)
 
 
+def test_noise_prediction_errors_are_what_the_corrected_features_leave_weighted_by_influence():
+    recorder, scale = _Recorder(2, 3), 3.0
+    calibration = capture(
+        recorder, _shallow, _prompts(3), _scheduler(), _SHAPE, max_gap=3, guidance_scale=scale
+    )
+    table, influence = calibration.table, step_influence(_scheduler())
+    for anchor in range(_STEPS):
+        for gap in range(1, min(3, _STEPS - 1 - anchor) + 1):
+            correction = table.correction(anchor, anchor + gap)
+            squares = []
+            for n in range(3):
+                features = _by_step(recorder, n)
+                # the shallow graph adds the feature: its error is the feature's, guided
+                left = correction.apply(features[anchor]) - features[anchor + gap]
+                guided = (left[0] + scale * (left[1] - left[0]))[:4]
+                squares.append(np.square(guided).mean())
+            expected = influence[anchor + gap] ** 2 * np.mean(squares)
+            assert table.noise_pred[anchor, gap] == pytest.approx(expected, rel=1e-3)
+
+
 def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none():
-    guided, unguided = _Recorder(), _Recorder()
-    capture(guided, _prompts(1), _scheduler(), _SHAPE)
-    capture(unguided, _prompts(1), _scheduler(), _SHAPE, guidance_scale=1.0)
-    assert {len(f) for f in guided.features} == {2}
-    assert {len(f) for f in unguided.features} == {1}
+    calls = []
+
+    def counted(*inputs):
+        calls.append(inputs)
+        return _Recorder(0, 0)(*inputs)
+
+    capture(counted, _shallow, _prompts(1), _scheduler(), _SHAPE, guidance_scale=2.0)
+    assert len(calls) == 2 * 2 * _STEPS
+    calls.clear()
+    capture(counted, _shallow, _prompts(1), _scheduler(), _SHAPE, guidance_scale=1.0)
+    assert len(calls) == 2 * _STEPS
+
+
+def test_progress_is_told_of_every_step_of_both_runs():
+    told = []
+    capture(
+        _Recorder(0, 0), _shallow, _prompts(2), _scheduler(), _SHAPE,
+        on_step=lambda: told.append(None),
+    )  # fmt: skip
+    assert len(told) == 2 * 2 * _STEPS
 
 
 def test_the_largest_gap_is_cut_to_what_the_steps_allow():
-    table = capture(_Recorder(), _prompts(1), _scheduler(), _SHAPE, max_gap=99).table
+    table = capture(_Recorder(0, 0), _shallow, _prompts(1), _scheduler(), _SHAPE, max_gap=99).table
     assert table.max_gap == _STEPS - 1
 
 
 def test_samples_carry_the_anchor_feature_of_the_guided_branch():
-    recorder = _Recorder()
-    samples = capture(recorder, _prompts(1), _scheduler(), _SHAPE, max_gap=3).samples
+    recorder = _Recorder(2, 1)
+    samples = capture(recorder, _shallow, _prompts(1), _scheduler(), _SHAPE, max_gap=3).samples
     assert [s.step for s in samples] == [0, 2, 3, 5]
     for sample in samples:
-        expected = recorder.features[sample.step - sample.gap][-1:]
+        expected = _by_step(recorder, 0)[sample.step - sample.gap][-1:]
         np.testing.assert_array_equal(sample.anchor_feature, expected)
 
 
 def test_a_non_finite_prediction_stops_with_the_prompt_and_step_named():
     def broken(latents, timestep, _):
-        if timestep.item() < 300:
-            latents = latents * float("nan")
-        return latents, latents
+        worth = float("nan") if timestep.item() < 300 else 1.0
+        return worth * latents, latents
 
     with pytest.raises(CalibrationError) as caught:
-        capture(broken, _prompts(1), _scheduler(), _SHAPE)
+        capture(broken, _shallow, _prompts(1), _scheduler(), _SHAPE)
     assert str(caught.value) == "prompt 0, step 4: the denoiser gave a non-finite prediction"
+
+
+def test_a_non_finite_feature_stops_with_its_channel_named():
+    def broken(latents, timestep, _):
+        feature = latents.clone()
+        feature[:, 2, 1] = float("inf") if timestep.item() < 300 else 0.0
+        return latents, feature
+
+    with pytest.raises(CalibrationError) as caught:
+        capture(broken, _shallow, _prompts(1), _scheduler(), _SHAPE)
+    assert str(caught.value) == ("prompt 0, step 4: channel 2 of the cached feature is not finite")
 
 
 def test_no_prompt_is_refused():
     with pytest.raises(CalibrationError) as caught:
-        capture(_Recorder(), [], _scheduler(), _SHAPE)
+        capture(_Recorder(0, 0), _shallow, [], _scheduler(), _SHAPE)
     assert str(caught.value) == "calibration needs at least one prompt"

@@ -1,0 +1,20 @@
+"""How much an error in one step's noise prediction moves the final latents."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cq_edge.noise_scheduler import NoiseScheduler
+
+
+def step_influence(noise_scheduler: NoiseScheduler) -> NDArray[np.float64]:
+    """Returns (T,) |∂ final latents / ∂ noise prediction of step k|.
+
+    Exact for the noise scheduler alone, whose update is linear in latents and predictions; what
+    the denoiser makes of latents that are a little off is left out.
+    """
+    total = len(noise_scheduler.timesteps)
+    predictions = np.eye(total)  # a trajectory per column: 1 at its own step, 0 elsewhere
+    latents, history = np.zeros(total), ()
+    for step in range(total):
+        latents, history = noise_scheduler.advance(latents, predictions[step], step, history)
+    return np.abs(latents)
