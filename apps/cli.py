@@ -22,7 +22,10 @@ examples:
   cq-edge generate demo "a large red star above a small blue ring on a yellow background"
       makes a picture from it, offline
 
-`cq-edge build --help` and `cq-edge generate --help` say the rest.
+  cq-edge plan demo --budget-ms 500
+      shows the best plan for half a second a picture on this machine
+
+`cq-edge COMMAND --help` says the rest.
 exit codes: 0 done, 1 failed (one sentence on stderr says why), 2 wrong usage, 130 interrupted"""
 
 
@@ -56,8 +59,15 @@ def _load_generate() -> Command:
     return generate
 
 
+def _load_plan() -> Command:
+    from apps import plan
+
+    return plan
+
+
 _COMMANDS = {
     "build": _Entry("turn a pipeline into a bundle", _load_build),
+    "plan": _Entry("choose which steps run the full graph, for a budget of time", _load_plan),
     "generate": _Entry("make pictures from a bundle", _load_generate),
 }
 

@@ -14,20 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from apps.engines import engine_for
 from apps.pictures import check_writable, output_paths, side_by_side, write_png
 from apps.plan_option import PLAN_HELP, choose_schedule
 from cq_edge.cache_schedule import CacheSchedule, Mode
-from cq_edge.errors import BundleError
+from cq_edge.errors import BundleError, UsageError
 from cq_edge.noise_scheduler import NAMES, NoiseScheduler, make_noise_scheduler
+from cq_edge.planner import best_within_ms, plan_frontier
 from cq_edge.reuse_table import ReuseTable
 from runtime.bundle import Bundle, open_bundle
 from runtime.denoise import Guidance, StepRecord, denoise
 from runtime.engine import Engine
-from runtime.executorch_engine import ExecuTorchEngine
 from runtime.generate import decode_latents, encode_prompt, initial_latents
+from runtime.measure import measure_graphs
 from runtime.tokenizer import without_surrogates
-
-ENGINES: dict[str, Callable[[Bundle, int | None], Engine]] = {"xnnpack": ExecuTorchEngine}
 
 _LONGEST_QUOTE = 200  # characters of a cut prompt that a warning shows
 _WARM_UP_STEPS = 3
@@ -42,6 +42,7 @@ examples:
   cq-edge generate demo "a small green ring" --seed 7 --num-images 4 -o rings/
   cq-edge generate demo "a white cross" --plan full            every step runs the full graph
   cq-edge generate demo "a white cross" --plan full-steps:10   the 10 best places for it
+  cq-edge generate demo "a white cross" --budget-ms 500        the best picture by then
   cq-edge generate demo "a white cross" --compare-full         how much time, which picture?"""
 
 
@@ -85,10 +86,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompt; the next ones count up (default: 0)")  # fmt: skip
     add("--num-images", type=_at_least(1), default=1, metavar="N", help="pictures per prompt")
     add("--scheduler", choices=NAMES, help="the noise scheduler (default: the bundle's)")
-    add(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--plan",
         help=f"which steps run the full graph: {PLAN_HELP} (default: full-steps:N with the "
         "bundle's N, in proportion to --steps)",
+    )
+    which.add_argument(
+        "--budget-ms",
+        type=float,
+        metavar="MS",
+        help="the best plan that has the pictures done so many milliseconds each after the "
+        "start; measures the graphs first, for a fraction of a second or a few runs",
     )
     add("-o", "--output", type=Path, metavar="PATH", help="a .png file, or a folder (default: a "
         "name made of the prompt, here)")  # fmt: skip
@@ -112,7 +121,9 @@ def run(args: argparse.Namespace) -> int:
     jobs = _jobs(args)
     paths = [path for job in jobs for path in (job.path, job.beside_path) if path is not None]
     check_writable(paths, force=args.force)
-    engine = _engine(bundle, args.threads)
+    engine = engine_for(bundle, args.threads)
+    if args.budget_ms is not None:
+        recipe = _within_budget(engine, bundle, recipe, args.budget_ms, len(jobs), start)
     guidance = _encode(engine, bundle, recipe, args.prompts)
     done = [_make(engine, bundle, recipe, guidance[job.prompt], job) for job in jobs]
     total_ms = (perf_counter() - start) * 1e3
@@ -142,12 +153,36 @@ def _recipe(bundle: Bundle, args: argparse.Namespace) -> _Recipe:
         except BundleError as error:
             raise BundleError(f"{error} (--plan full)") from error
 
+    if args.budget_ms is not None:
+        undecided = CacheSchedule.all_full(len(noise_scheduler.timesteps))
+        return _Recipe(noise_scheduler, undecided, reuse_table(), scale, args.negative_prompt)
     plan = args.plan
     if plan is None:
         plan = f"full-steps:{max(1, round(defaults.full_steps * steps / defaults.steps))}"
     schedule = choose_schedule(plan, len(noise_scheduler.timesteps), reuse_table)
     table = reuse_table() if Mode.SHALLOW in schedule.modes else None
     return _Recipe(noise_scheduler, schedule, table, scale, args.negative_prompt)
+
+
+def _within_budget(
+    engine: Engine, bundle: Bundle, recipe: _Recipe, budget_ms: float, pictures: int, start: float
+) -> _Recipe:
+    """Returns the recipe with the best plan for what is left of the budget, once it is known
+    how long the graphs take here."""
+    if recipe.reuse_table is None:
+        raise UsageError("--budget-ms needs a reuse table to plan with")
+    profile = measure_graphs(engine, bundle)
+    branches = 1 if recipe.guidance_scale == 1 else 2
+    frontier = plan_frontier(recipe.reuse_table.errors(), profile, branches)
+    spent_ms = (perf_counter() - start) * 1e3
+    try:
+        plan = best_within_ms(frontier, budget_ms - spent_ms / pictures)
+    except UsageError as error:
+        raise UsageError(
+            f"--budget-ms is {budget_ms:.0f}, of which loading and measuring took "
+            f"{spent_ms / pictures:.0f} a picture, and {error}"
+        ) from error
+    return replace(recipe, cache_schedule=plan.schedule)
 
 
 def _jobs(args: argparse.Namespace) -> list[_Job]:
@@ -162,14 +197,6 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
         )
         for (prompt, seed), path in zip(asked, paths, strict=True)
     ]
-
-
-def _engine(bundle: Bundle, threads: int | None) -> Engine:
-    backend = bundle.manifest.graph("denoise").backend
-    if backend not in ENGINES:
-        known = ", ".join(ENGINES)
-        raise BundleError(f"{bundle.folder} is for {backend!r}: this cq-edge runs {known}")
-    return ENGINES[backend](bundle, threads)
 
 
 def _encode(

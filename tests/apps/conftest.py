@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from apps.cli import main
-from apps.generate import ENGINES
+from apps.engines import ENGINES
 from tests.tiny_bundle import FakeEngine, write_bundle
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apps.generate import ENGINES
+from apps.engines import ENGINES
 from apps.pictures import output_paths, write_png
 from cq_edge.cache_schedule import plan_full_steps
 from cq_edge.errors import CQEdgeError
+from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 from runtime.bundle import open_bundle
 from runtime.denoise import Guidance, denoise
@@ -342,3 +343,26 @@ def test_names_are_distinct_whatever_the_prompts() -> None:
         "a-star-2.png",
         "a-star-0.png",
     ]
+
+
+def test_a_budget_runs_the_best_plan_that_it_allows(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {"encode": 2.0, "denoise": 400.0, "denoise_shallow": 30.0, "decode": 5.0}
+    profile = DeviceProfile("xnnpack", "", times)
+    monkeypatch.setattr("apps.generate.measure_graphs", lambda *_: profile)
+    code, out, _ = generate(STAR, "--budget-ms", "6000", "--json")
+    assert code == 0
+    # 10 steps of two runs: six full ones take 5 s, seven 5.8 s, and loading takes some too
+    assert last_json(out)["plan"]["full"] in (6, 7)
+    code, out, err = generate(STAR, "--budget-ms", "900", "-o", "late.png")
+    assert code == 2
+    assert "--budget-ms is 900, of which loading and measuring took " in err
+    assert "no plan takes " in err
+    assert not Path("late.png").exists()
+
+
+def test_a_budget_and_a_plan_exclude_each_other(generate: Generate) -> None:
+    code, _, err = generate(STAR, "--budget-ms", "900", "--plan", "full")
+    assert code == 2
+    assert "not allowed with argument" in err

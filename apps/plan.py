@@ -1,0 +1,146 @@
+"""`cq-edge plan`: which steps run the full graph, for a budget of time on a device."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from apps.engines import engine_for
+from cq_edge.errors import UsageError
+from cq_edge.latency import DeviceProfile
+from cq_edge.noise_scheduler import NAMES
+from cq_edge.planner import Plan, best_at_speedup, best_within_ms, plan_frontier
+from cq_edge.reuse_table import OBJECTIVES
+from runtime.bundle import Bundle, open_bundle
+from runtime.measure import measure_graphs
+
+_ROWS = 12  # of the frontier that the screen shows
+
+_DESCRIPTION = """\
+Chooses which steps of a bundle run the full graph: the plan of least predicted error within a
+budget, exactly. Planning needs no export and no calibration, only the bundle and how long its
+graphs take on the device, which is measured here unless a device profile is given."""
+
+_EXAMPLES = """\
+examples:
+  cq-edge plan demo --budget-ms 500              the best picture within half a second
+  cq-edge plan demo --speedup 3                  a loop 3 times as fast as with every step full
+  cq-edge plan demo --full-steps 10 --json       10 full steps, for programs
+  cq-edge plan demo --speedup 3 --save-profile here.json
+  cq-edge plan demo --budget-ms 500 --device-profile here.json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `cq-edge plan`."""
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    add = parser.add_argument
+    add("bundle", type=Path, metavar="BUNDLE", help="a folder that `cq-edge build` made")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--budget-ms", type=float, metavar="MS", help="longest time of a picture: "
+        "prompts, loop and decoding")  # fmt: skip
+    budget.add_argument("--speedup", type=float, metavar="X", help="least speed-up of the loop "
+        "over the same graphs with every step full")  # fmt: skip
+    budget.add_argument("--full-steps", type=int, metavar="N", help="how many steps are full")
+    add("--device-profile", type=Path, metavar="FILE", help="times of the bundle's graphs on a "
+        "device (default: measured here, now)")  # fmt: skip
+    add("--save-profile", type=Path, metavar="FILE", help="write what was measured here")
+    add("--threads", type=int, metavar="N", help="of the measurement (default: one per core)")
+    add("--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="the error to minimise "
+        "(default: %(default)s; feature_l1 is the paper's)")  # fmt: skip
+    add("--scheduler", choices=NAMES, help="the noise scheduler (default: the bundle's)")
+    add("--steps", type=int, metavar="N", help="sampler steps (default: the bundle's)")
+    add("--json", action="store_true", help="print one line of JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan and returns the exit code 0.
+
+    Raises:
+        CQEdgeError: There is no such plan, or the profile is of something else.
+    """
+    bundle = open_bundle(args.bundle)
+    defaults = bundle.manifest.defaults
+    table = bundle.reuse_table(
+        args.scheduler or defaults.noise_scheduler,
+        defaults.steps if args.steps is None else args.steps,
+    )
+    profile = _profile(args, bundle)
+    branches = 1 if table.guidance_scale == 1 else 2
+    frontier = plan_frontier(table.errors(args.objective), profile, branches)
+    plan = _choose(args, frontier)
+    if args.json:
+        print(json.dumps(_as_json(args, plan, frontier, profile)))
+    else:
+        _print(plan, frontier, profile)
+    return 0
+
+
+def _profile(args: argparse.Namespace, bundle: Bundle) -> DeviceProfile:
+    entry = bundle.manifest.graph("denoise")
+    if args.device_profile is None:
+        profile = measure_graphs(engine_for(bundle, args.threads), bundle)
+    else:
+        profile = DeviceProfile.load(args.device_profile)
+        profile.require_graphs(entry.backend, bundle.manifest.files[entry.file].sha256)
+    if args.save_profile is not None:
+        profile.save(args.save_profile)
+    return profile
+
+
+def _choose(args: argparse.Namespace, frontier: Sequence[Plan]) -> Plan:
+    if args.budget_ms is not None:
+        return best_within_ms(frontier, args.budget_ms)
+    if args.speedup is not None:
+        return best_at_speedup(frontier, args.speedup)
+    counts = {_full_steps(plan): plan for plan in frontier}
+    if args.full_steps not in counts:
+        raise UsageError(
+            f"--full-steps is {args.full_steps}: this bundle can be planned with "
+            f"{min(counts)} to {max(counts)}"
+        )
+    return counts[args.full_steps]
+
+
+def _as_json(
+    args: argparse.Namespace, plan: Plan, frontier: Sequence[Plan], profile: DeviceProfile
+) -> dict[str, object]:
+    return {
+        "bundle": str(args.bundle),
+        "modes": plan.schedule.to_string(),
+        "plan": plan.schedule.counts,
+        "objective": args.objective,
+        "graphs_ms": dict(profile.graphs_ms),
+        **_figures(plan),
+        "frontier": [{"full": _full_steps(p), **_figures(p)} for p in frontier],
+    }
+
+
+def _figures(plan: Plan) -> dict[str, float]:
+    return {
+        "error": plan.error,
+        "picture_ms": round(plan.picture_ms, 2),
+        "speedup": round(plan.speedup, 4),
+    }
+
+
+def _print(plan: Plan, frontier: Sequence[Plan], profile: DeviceProfile) -> None:
+    times = ", ".join(f"{graph} {taken:.1f}" for graph, taken in profile.graphs_ms.items())
+    print(f"ms per run: {times}\n")
+    print("full steps   speed-up of the loop   picture, ms   predicted error")
+    for row in _shown(plan, frontier):
+        mark = "  <- chosen" if row is plan else ""
+        print(
+            f"{_full_steps(row):10} {row.speedup:22.2f} {row.picture_ms:13.0f} "
+            f"{row.error:17.4g}{mark}"
+        )
+    print(f"\n--plan {plan.schedule.to_string()}")
+
+
+def _shown(plan: Plan, frontier: Sequence[Plan]) -> list[Plan]:
+    """Returns some plans of the frontier, evenly spread, the chosen one among them."""
+    stride = -(-len(frontier) // _ROWS)
+    return [p for i, p in enumerate(frontier) if i % stride == 0 or p is plan]
+
+
+def _full_steps(plan: Plan) -> int:
+    return plan.schedule.counts["full"]

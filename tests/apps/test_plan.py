@@ -1,0 +1,100 @@
+import json
+
+import pytest
+
+from apps import plan as plan_module
+from apps.cli import main
+from cq_edge.latency import DeviceProfile
+from cq_edge.planner import best_at_speedup, plan_frontier
+from runtime.bundle import open_bundle
+from tests.tiny_bundle import reuse_table
+
+TIMES = {"encode": 2.0, "denoise": 10.0, "denoise_shallow": 3.0, "decode": 5.0}
+
+
+@pytest.fixture
+def device(home):
+    """A device profile of the bundle, in device.json."""
+    digest = open_bundle(home / "bundle").manifest.files["graphs.pte"].sha256
+    profile = DeviceProfile("xnnpack", digest, TIMES)
+    profile.save(home / "device.json")
+    return profile
+
+
+@pytest.fixture
+def plan(device, capsys):
+    """Runs `cq-edge plan bundle …` with device.json; returns the exit code, stdout and stderr."""
+    del device
+
+    def call(*words):
+        code = main(["plan", "bundle", "--device-profile", "device.json", *words])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_json_says_the_plan_and_what_it_is_predicted_to_cost(plan, device):
+    code, out, _ = plan("--speedup", "1.5", "--json")
+    assert code == 0
+    found = json.loads(out.splitlines()[-1])
+    frontier = plan_frontier(reuse_table().errors(), device, 2)
+    expected = best_at_speedup(frontier, 1.5)
+    assert found["modes"] == expected.schedule.to_string()
+    assert found["plan"] == expected.schedule.counts
+    assert found["error"] == expected.error
+    assert found["picture_ms"] == pytest.approx(expected.picture_ms, abs=0.01)
+    assert found["speedup"] == pytest.approx(expected.speedup, abs=1e-4)
+    assert len(found["frontier"]) == len(frontier)
+
+
+def test_the_papers_objective_is_a_named_choice(plan, device):
+    _, ours, _ = plan("--full-steps", "4", "--json")
+    _, papers, _ = plan("--full-steps", "4", "--objective", "feature_l1", "--json")
+    frontier = plan_frontier(reuse_table().errors("feature_l1"), device, 2)
+    (expected,) = [p for p in frontier if p.schedule.counts["full"] == 4]
+    assert json.loads(papers)["modes"] == expected.schedule.to_string()
+    assert json.loads(ours)["modes"] != json.loads(papers)["modes"]
+
+
+def test_the_screen_shows_the_choice_and_how_to_use_it(plan):
+    code, out, _ = plan("--full-steps", "4")
+    assert code == 0
+    (chosen,) = [line for line in out.splitlines() if line.endswith("<- chosen")]
+    assert chosen.split()[0] == "4"
+    modes = out.splitlines()[-1].removeprefix("--plan ")
+    assert modes.count("F") == 4
+    assert main(["generate", "bundle", "a ring", "--plan", modes]) == 0
+
+
+def test_a_budget_below_the_fastest_plan_says_the_least(plan):
+    code, out, err = plan("--budget-ms", "5")
+    assert (code, out) == (2, "")
+    assert err.startswith("cq-edge: error: no plan takes 5 ms or less on this device: the fastest")
+
+
+def test_full_steps_that_cannot_be_planned_say_which_can(plan):
+    code, _, err = plan("--full-steps", "1")
+    assert code == 2
+    assert "--full-steps is 1: this bundle can be planned with " in err
+
+
+def test_the_profile_of_other_graphs_is_refused_with_both_digests(home, plan):
+    DeviceProfile("xnnpack", "0" * 64, TIMES).save(home / "other.json")
+    code, _, err = plan("--full-steps", "4", "--device-profile", "other.json")
+    assert code == 2
+    digest = open_bundle(home / "bundle").manifest.files["graphs.pte"].sha256
+    assert f"sha256 {'0' * 64}, but the bundle's have {digest}" in err
+
+
+def test_without_a_profile_the_graphs_are_measured_here(home, capsys):
+    arguments = ["plan", "bundle", "--full-steps", "4", "--save-profile", "here.json", "--json"]
+    assert main(arguments) == 0
+    measured = json.loads(capsys.readouterr().out)["graphs_ms"]
+    assert DeviceProfile.load(home / "here.json").graphs_ms == measured
+    assert main(arguments) == 1  # here.json exists
+
+
+def test_the_frontier_on_the_screen_always_holds_the_choice(device):
+    frontier = plan_frontier(reuse_table().errors(), device, 2)
+    for chosen in frontier:
+        assert chosen in plan_module._shown(chosen, frontier)
