@@ -31,7 +31,7 @@ def test_every_graph_is_timed_with_inputs_of_its_shapes(bundle):
     engine = Paced()
     profile = measure_graphs(engine, bundle, runs=3)
     assert engine.runs == dict.fromkeys(bundle.manifest.graphs, 2 + 3)
-    assert 20 <= profile.graphs_ms["denoise"]
+    assert profile.graphs_ms["denoise"] >= 20
     assert profile.graphs_ms["denoise_shallow"] < profile.graphs_ms["denoise"]
     profile.require_graphs("xnnpack", bundle.manifest.files["graphs.pte"].sha256)
 
