@@ -132,9 +132,9 @@ def run(args: argparse.Namespace) -> int:
         results = _export(optimized, pipeline, args.quantization, folder)
         _write_tables(optimized, pipeline, folder)
         name = "cq-edge demo model" if args.model is None else Path(args.model).name
-        write_manifest(folder, _manifest(name, optimized, pipeline, results, defaults))
-    parameters = sum(p.numel() for p in pipeline.unet.parameters())
-    _report(args, _summary(args.output, results, 4 * parameters, perf_counter() - start), results)
+        compression = _unet_compression(pipeline, results)
+        write_manifest(folder, _manifest(name, optimized, pipeline, results, defaults, compression))
+    _report(args, _summary(args.output, results, compression, perf_counter() - start), results)
     return 0
 
 
@@ -252,6 +252,7 @@ def _manifest(
     pipeline: "StableDiffusionPipeline",
     results: Mapping[str, _GraphResult],
     defaults: Defaults,
+    unet_compression: float,
 ) -> Manifest:
     tokenizer = pipeline.tokenizer
     return Manifest(
@@ -286,26 +287,42 @@ def _manifest(
         reuse_tables=(
             ReuseTableEntry(_table_file(optimized), defaults.noise_scheduler, defaults.steps),
         ),
-        conditions=_conditions(optimized.quantization),
+        conditions=_conditions(optimized.quantization, unet_compression),
     )
 
 
-def _conditions(quantization: str) -> dict[str, str | int | float]:
+def _unet_compression(
+    pipeline: "StableDiffusionPipeline", results: Mapping[str, _GraphResult]
+) -> float:
+    """Returns the float32 bytes of the UNet's parameters over the bytes of the weights that its
+    two graphs keep in the file."""
+    from exporters.method_bytes import together
+
+    kept = together(results[name].size for name in _UNET_GRAPHS).weights
+    parameters: int = sum(p.numel() for p in pipeline.unet.parameters())
+    return 4 * parameters / sum(kept.values())
+
+
+def _conditions(quantization: str, unet_compression: float) -> dict[str, str | int | float]:
     from importlib.metadata import version
 
     libraries = {name: version(name) for name in ("torch", "executorch", "torchao", "diffusers")}
     system = {"machine": platform.machine(), "system": platform.system()}
-    return {"quantization": quantization, **libraries, **system}
+    return {
+        "quantization": quantization,
+        "unet_compression": round(unet_compression, 4),
+        **libraries,
+        **system,
+    }
 
 
 def _summary(
-    folder: Path, results: Mapping[str, _GraphResult], float_bytes: int, seconds: float
+    folder: Path, results: Mapping[str, _GraphResult], unet_compression: float, seconds: float
 ) -> dict[str, Any]:
     """Returns what `--json` prints.
 
-    `unet_compression` is the float32 bytes of the UNet's parameters over the bytes of the
-    weights that its two graphs keep in the file; `shared_overhead` is what both graphs take
-    together, programs included, over what the full graph takes alone.
+    `shared_overhead` is what both UNet graphs take together, programs included, over what the
+    full graph takes alone.
     """
     from exporters.method_bytes import together
 
@@ -323,7 +340,7 @@ def _summary(
             }
             for name, result in results.items()
         },
-        "unet_compression": round(float_bytes / sum(unet.weights.values()), 4),
+        "unet_compression": round(unet_compression, 4),
         "shared_overhead": round(unet.total_bytes / results["denoise"].size.total_bytes, 5),
         "peak_memory_mib": round(_peak_memory_mib(), 1),
         "seconds": round(seconds, 1),

@@ -65,10 +65,17 @@ def _load_plan() -> Command:
     return plan
 
 
+def _load_evaluate() -> Command:
+    from apps import evaluate
+
+    return evaluate
+
+
 _COMMANDS = {
     "build": _Entry("turn a pipeline into a bundle", _load_build),
     "plan": _Entry("choose which steps run the full graph, for a budget of time", _load_plan),
     "generate": _Entry("make pictures from a bundle", _load_generate),
+    "evaluate": _Entry("compare speed, size and quality with float32", _load_evaluate),
 }
 
 

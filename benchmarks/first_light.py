@@ -22,11 +22,9 @@ from apps import cli
 from apps.plan_option import choose_schedule
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.metrics import psnr_db
-from cq_edge.noise_scheduler import make_noise_scheduler
 from runtime.bundle import Bundle, open_bundle
-from runtime.denoise import Guidance, denoise
+from runtime.draw import Method, draw
 from runtime.executorch_engine import ExecuTorchEngine
-from runtime.generate import decode_latents, encode_prompt, initial_latents
 from tools.demo import PROMPTS
 
 _GAP_PX = 4
@@ -37,32 +35,12 @@ _HEAD = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Contender:
-    """A bundle with its engine and the plan that it runs."""
+    """A way of making pictures and its name in the table."""
 
     name: str
-    bundle: Bundle
-    engine: ExecuTorchEngine
-    plan: CacheSchedule
-
-    def draw(self, prompt: str, seed: int) -> tuple[NDArray[np.uint8], float]:
-        """Returns the (H, W, 3) picture and the denoising loop's milliseconds."""
-        manifest = self.bundle.manifest
-        defaults, size = manifest.defaults, manifest.latents
-        noise_scheduler = make_noise_scheduler(
-            defaults.noise_scheduler, defaults.steps, manifest.noise_schedule
-        )
-        tokenizer = self.bundle.tokenizer()
-        embeddings = [encode_prompt(self.engine, tokenizer, text)[0] for text in (prompt, "")]
-        guidance = Guidance(embeddings[0], embeddings[1], defaults.guidance_scale)
-        shape = (size.channels, size.height, size.width)
-        latents = initial_latents(shape, seed, noise_scheduler.init_noise_sigma)
-        table = self.bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
-        elapsed_ms = 0.0
-        for record in denoise(self.engine, noise_scheduler, self.plan, latents, guidance, table):
-            elapsed_ms, latents = elapsed_ms + record.elapsed_ms, record.latents
-        return decode_latents(self.engine, latents), elapsed_ms
+    method: Method
 
 
 def main() -> None:
@@ -90,7 +68,7 @@ def main() -> None:
 def _measure(args: argparse.Namespace, threads: int) -> list[str]:
     """Returns the table's rows for a number of threads, and draws the pictures."""
     contenders = _contenders(args.work, threads)
-    pictures = [[c.draw(prompt, 0)[0] for prompt in PROMPTS] for c in contenders]
+    pictures = [[draw(c.method, prompt, 0).picture for prompt in PROMPTS] for c in contenders]
     times = _alternate(contenders, args.runs)
     _write_picture(pictures, args.docs / "first_light.png")
     return _rows(contenders, times, pictures, threads)
@@ -111,11 +89,15 @@ def _contenders(work: Path, threads: int) -> list[Contender]:
     total = len(table.timesteps)
     full = CacheSchedule.all_full(total)
     planned = choose_schedule(f"full-steps:{defaults.full_steps}", total, lambda: table)
-    shared = ExecuTorchEngine(int8, threads)
+    slow, fast = ExecuTorchEngine(float32, threads), ExecuTorchEngine(int8, threads)
+    steps = defaults.steps
     return [
-        Contender("float32, every step full", float32, ExecuTorchEngine(float32, threads), full),
-        Contender("int8, every step full", int8, shared, full),
-        Contender(f"int8, {defaults.full_steps} of {total} steps full", int8, shared, planned),
+        Contender("float32, every step full", Method(float32, slow, steps, full, None)),
+        Contender("int8, every step full", Method(int8, fast, steps, full, None)),
+        Contender(
+            f"int8, {defaults.full_steps} of {total} steps full",
+            Method(int8, fast, steps, planned, table),
+        ),
     ]
 
 
@@ -124,7 +106,7 @@ def _alternate(contenders: list[Contender], runs: int) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in contenders]
     for run in tqdm(range(runs), desc="runs"):
         for contender, taken in zip(contenders, times, strict=True):
-            taken.append(contender.draw(PROMPTS[run % len(PROMPTS)], run)[1])
+            taken.append(draw(contender.method, PROMPTS[run % len(PROMPTS)], run).loop_ms)
     return times
 
 
@@ -140,7 +122,7 @@ def _rows(
         ratios = [reference / own for reference, own in zip(times[0], taken, strict=True)]
         pairs = zip(pictures[0], pictures[index], strict=True)
         psnr = "–" if index == 0 else f"{np.mean([psnr_db(a, b) for a, b in pairs]):.1f}"
-        graphs = contender.bundle.manifest.files["graphs.pte"].bytes / 1e6
+        graphs = contender.method.bundle.manifest.files["graphs.pte"].bytes / 1e6
         lines.append(
             f"| {threads} | {contender.name} | "
             f"{median(taken):.0f} ({min(taken):.0f}–{max(taken):.0f}) | "

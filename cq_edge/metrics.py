@@ -104,6 +104,26 @@ def clip_score(
     return np.asarray(100 * pairs.sum(axis=1), np.float64)
 
 
+def mean_interval(values: NDArray[np.floating], confidence: float = 0.95) -> tuple[float, float]:
+    """Returns the confidence interval of the mean of N paired differences, by the bootstrap.
+
+    Args:
+        values: (N,), finite; one difference a pair.
+        confidence: Of the interval, between 0 and 1.
+
+    Raises:
+        UsageError: There is no value, or one is not finite.
+
+    Source: the percentile bootstrap of Efron and Tibshirani, 1993; 10,000 resamples, seed 0.
+    """
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise UsageError(f"values of shape {values.shape} have no interval: give (N,) finite ones")
+    rng = np.random.default_rng(0)
+    means = np.array([rng.choice(values, len(values)).mean() for _ in range(10_000)])
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
 def _unit_rows(embeddings: NDArray[np.floating]) -> NDArray[np.float64]:
     rows = np.asarray(embeddings, np.float64)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)

@@ -6,7 +6,7 @@ It is decisions' raw material: any cache schedule up to `max_gap` can be planned
 import math
 import zipfile
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -102,6 +102,10 @@ class ReuseTable:
         if gap == 0:
             return ChannelCorrection.identity(self.channels)
         return ChannelCorrection(self.gain[anchor, gap], self.bias[anchor, gap])
+
+    def without_corrections(self) -> Self:
+        """Returns the table whose corrections change nothing: gain 1, bias 0."""
+        return replace(self, gain=np.ones_like(self.gain), bias=np.zeros_like(self.bias))
 
     def save(self, path: Path) -> None:
         """Writes the table as a NumPy archive (.npz) without pickle; equal tables, equal bytes.

@@ -146,7 +146,7 @@ def _entry(
     )
 
 
-def manifest() -> Manifest:
+def manifest(quantization: str = "int8") -> Manifest:
     """Of a bundle whose default is DDIM at 10 steps, 4 of them full."""
     return Manifest(
         name="tiny",
@@ -158,11 +158,15 @@ def manifest() -> Manifest:
         defaults=Defaults(noise_scheduler="ddim", steps=STEPS, guidance_scale=5.0, full_steps=4),
         tokenizer=TokenizerEntry("tokenizer/vocab.json", "tokenizer/merges.txt"),
         reuse_tables=(ReuseTableEntry("reuse_ddim_10.npz", "ddim", STEPS),),
-        conditions={"quantisation": "none"},
+        conditions={"quantization": quantization, "unet_compression": 3.9},
     )
 
 
-def write_bundle(folder: Path, graphs_pte: bytes = b"no program: the engine is fake") -> Path:
+def write_bundle(
+    folder: Path,
+    graphs_pte: bytes = b"no program: the engine is fake",
+    quantization: str = "int8",
+) -> Path:
     """Writes a bundle that opens; its graphs are `graphs_pte`."""
     folder.mkdir()
     (folder / "graphs.pte").write_bytes(graphs_pte)
@@ -170,5 +174,5 @@ def write_bundle(folder: Path, graphs_pte: bytes = b"no program: the engine is f
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         (folder / "tokenizer" / name).unlink()
     reuse_table().save(folder / "reuse_ddim_10.npz")
-    write_manifest(folder, manifest())
+    write_manifest(folder, manifest(quantization))
     return folder

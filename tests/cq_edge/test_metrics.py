@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cq_edge.errors import UsageError
-from cq_edge.metrics import clip_score, psnr_db, sqnr_db, ssim
+from cq_edge.metrics import clip_score, mean_interval, psnr_db, sqnr_db, ssim
 
 
 def picture(seed=0, shape=(24, 20, 3)):
@@ -143,3 +143,18 @@ def test_clip_score_is_a_hundred_times_the_cosine_of_each_row():
 def test_says_what_cannot_be_compared(make, message):
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
         make()
+
+
+def test_the_interval_of_a_mean_is_the_normal_one_where_there_are_many_values():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    low, high = mean_interval(values)
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.03)
+    assert high == pytest.approx(values.mean() + half, abs=0.03)
+    assert mean_interval(np.zeros(5)) == (0.0, 0.0)
+
+
+def test_no_values_have_no_interval():
+    for values in (np.zeros(0), np.array([1.0, np.nan]), np.zeros((2, 2))):
+        with pytest.raises(UsageError, match="have no interval"):
+            mean_interval(values)

@@ -229,3 +229,10 @@ def test_pickle_is_never_run(tmp_path):
     saved(path, noise_scheduler=np.array([Detonator()], dtype=object))
     with pytest.raises(BundleError, match="is not a reuse table: Object arrays cannot be loaded"):
         ReuseTable.load(path)
+
+
+def test_without_corrections_nothing_is_changed_but_gain_and_bias():
+    bare = table().without_corrections()
+    assert (bare.gain == 1).all()
+    assert (bare.bias == 0).all()
+    np.testing.assert_array_equal(bare.noise_pred, table().noise_pred)

@@ -1,0 +1,323 @@
+"""`cq-edge evaluate`: what a bundle gains and what it loses, against the float32 graphs."""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from apps.engines import engine_for
+from apps.pictures import check_writable
+from apps.quiet import quiet_toolchains
+from cq_edge.cache_schedule import CacheSchedule, plan_full_steps
+from cq_edge.errors import UsageError
+from cq_edge.latency import DeviceProfile
+from cq_edge.metrics import mean_interval, psnr_db, ssim
+from cq_edge.noise_scheduler import make_noise_scheduler
+from cq_edge.planner import plan_frontier
+from cq_edge.reuse_table import ReuseTable
+from cq_edge.scenes import Scene, scenes
+from runtime.bundle import Bundle, open_bundle
+from runtime.draw import Method, draw
+from runtime.measure import measure_graphs
+
+if TYPE_CHECKING:
+    from cq_edge.model.scorer import Scorer
+
+_SCENES_SEED = 30_000_001
+_FRONTIER_SPEEDUPS = (2.0, 3.0, 4.0, 5.18, 6.0, 8.0)
+
+_DESCRIPTION = """\
+Draws the same captions from the same seeds in every way that there is (float32 at every step,
+quantised only, cached only, both, with and without corrections, a uniform cache, fewer steps)
+and compares speed, size and quality. The ways take turns caption by caption, in one process."""
+
+_EXAMPLES = """\
+examples:
+  cq-edge build -o demo
+  cq-edge build --quantization none -o demo-float32
+  cq-edge evaluate demo --reference demo-float32 --html report.html --json report.json
+  cq-edge evaluate demo --reference demo-float32 --captions 16 --speedup 3"""
+
+
+@dataclass(slots=True)
+class Variant:
+    """A way of making pictures, and what came of it, a row per caption."""
+
+    name: str
+    method: Method
+    pictures: list[NDArray[np.uint8]] = field(default_factory=list)
+    loop_ms: list[float] = field(default_factory=list)
+    total_ms: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A bundle with all that plans are made from."""
+
+    bundle: Bundle
+    profile: DeviceProfile
+    table: ReuseTable
+    make: Callable[[int, CacheSchedule, ReuseTable | None], Method]
+
+    @property
+    def full(self) -> CacheSchedule:
+        """Every step full."""
+        return CacheSchedule.all_full(len(self.table.timesteps))
+
+    def loop_ms(self, schedule: CacheSchedule) -> float:
+        """The loop's predicted milliseconds, with guidance."""
+        return self.profile.loop_ms(schedule, 2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `cq-edge evaluate`."""
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    add = parser.add_argument
+    add("bundle", type=Path, metavar="BUNDLE", help="a folder that `cq-edge build` made")
+    add("--reference", type=Path, required=True, metavar="DIR", help="the same model's bundle "
+        "built with --quantization none")  # fmt: skip
+    add("--speedup", type=float, default=5.18, metavar="X", help="of the loop over float32 at "
+        "every step, that `ours` is planned for (default: %(default)s)")  # fmt: skip
+    add("--captions", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    add("--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: captions of "
+        "the demo world that no training saw)")  # fmt: skip
+    add("--scorer", metavar="CLIP", help="a CLIP model's folder or hub id (default: the demo's)")
+    add("--frontier-captions", type=int, default=32, metavar="N", help="captions for the frontier "
+        "of quality against speed-up; 0 leaves it out (default: %(default)s)")  # fmt: skip
+    add("--threads", type=int, metavar="N", help="(default: one per core)")
+    add("--json", type=Path, metavar="FILE", help="write the table for programs")
+    add("--html", type=Path, metavar="FILE", help="write a report with pictures, in one file")
+    add("--force", action="store_true", help="replace files that exist")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws, compares, reports, and returns the exit code 0.
+
+    Raises:
+        CQEdgeError: The bundles do not belong together, or something could not be drawn.
+    """
+    outputs = [path for path in (args.json, args.html) if path is not None]
+    check_writable(outputs, force=args.force)
+    if args.captions < 2:
+        raise UsageError(f"--captions is {args.captions}: a comparison needs 2 or more")
+    with quiet_toolchains():
+        from cq_edge.model.scorer import DEMO_SCORER, Scorer
+
+        scorer = Scorer.load(args.scorer or DEMO_SCORER)
+    reference = _side(args.reference, args.threads)
+    ours = _side(args.bundle, args.threads)
+    _require_same_model(reference.bundle, ours.bundle)
+    captions, world = _captions(args)
+    variants = _variants(reference, ours, args.speedup)
+    _draw_all(variants, captions)
+    rows = [_row(v, variants[0], captions, world, scorer) for v in variants]
+    frontier = _frontier(reference, ours, captions[: args.frontier_captions], scorer)
+    report = {"variants": rows, "frontier": frontier, "conditions": _conditions(args, ours)}
+    _print(rows)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if args.html is not None:
+        from apps.evaluate_report import html_report
+
+        args.html.write_text(html_report(report, captions, variants), encoding="utf-8")
+    return 0
+
+
+def _side(folder: Path, threads: int | None) -> Side:
+    bundle = open_bundle(folder)
+    defaults = bundle.manifest.defaults
+    engine = engine_for(bundle, threads)
+
+    def make(steps: int, schedule: CacheSchedule, table: ReuseTable | None) -> Method:
+        return Method(bundle, engine, steps, schedule, table)
+
+    table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
+    return Side(bundle, measure_graphs(engine, bundle), table, make)
+
+
+def _require_same_model(reference: Bundle, ours: Bundle) -> None:
+    if reference.manifest.conditions.get("quantization") != "none":
+        raise UsageError(
+            f"{reference.folder} is quantised: a reference is built with --quantization none"
+        )
+    for name in ("name", "defaults", "latents"):
+        found, expected = getattr(reference.manifest, name), getattr(ours.manifest, name)
+        if found != expected:
+            raise UsageError(
+                f"{reference.folder} and {ours.folder} differ in {name} ({found} and {expected}): "
+                "build both from the same model with the same options"
+            )
+
+
+def _captions(args: argparse.Namespace) -> tuple[list[str], list[Scene] | None]:
+    """Returns the captions, and the scenes they describe if they are the demo world's."""
+    if args.prompts is None:
+        world = list(islice(scenes(_SCENES_SEED, held_out=True), args.captions))
+        return [scene.caption() for scene in world], world
+    try:
+        lines = args.prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts {args.prompts} cannot be read: {error}") from error
+    captions = [line.strip() for line in lines if line.strip()][: args.captions]
+    if len(captions) < 2:
+        raise UsageError(f"--prompts {args.prompts} holds {len(captions)} prompts: give 2 or more")
+    return captions, None
+
+
+def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
+    """Returns every way in the order of the table; the first is what all are compared with."""
+    steps, table = ours.table.steps, ours.table
+    budget_ms = reference.loop_ms(reference.full) / speedup
+    plan = _planned(ours, budget_ms)
+    count = plan.counts["full"]
+    papers = plan_full_steps(table.errors("feature_l1"), count)
+    cached = plan_full_steps(reference.table.errors(), count)
+    bare = table.without_corrections()
+    return [
+        Variant("float32", reference.make(steps, reference.full, None)),
+        Variant("quantised only", ours.make(steps, ours.full, None)),
+        Variant("cached only", reference.make(steps, cached, reference.table)),
+        Variant("naive", ours.make(steps, papers, bare)),
+        Variant("ours without correction", ours.make(steps, plan, bare)),
+        Variant("ours", ours.make(steps, plan, table)),
+        Variant("uniform cache", _uniform(ours, budget_ms)),
+        Variant("fewer steps", _fewer_steps(ours, budget_ms)),
+    ]
+
+
+def _planned(side: Side, budget_ms: float) -> CacheSchedule:
+    """Returns the plan of least error whose loop keeps a budget, or the fastest."""
+    frontier = plan_frontier(side.table.errors(), side.profile, 2)
+    fits = [plan for plan in frontier if side.loop_ms(plan.schedule) <= budget_ms]
+    return (fits[-1] if fits else frontier[0]).schedule
+
+
+def _uniform(side: Side, budget_ms: float) -> Method:
+    """Returns DeepCache's schedule (every n-th step full, uncorrected) that keeps a budget."""
+    total = len(side.table.timesteps)
+    choices = [CacheSchedule.uniform(total, n) for n in range(1, side.table.max_gap + 2)]
+    fits = [choice for choice in choices if side.loop_ms(choice) <= budget_ms]
+    schedule = fits[0] if fits else choices[-1]
+    return side.make(side.table.steps, schedule, side.table.without_corrections())
+
+
+def _fewer_steps(side: Side, budget_ms: float) -> Method:
+    """Returns full steps alone, as many as keep a budget."""
+    manifest = side.bundle.manifest
+
+    def schedule(steps: int) -> CacheSchedule:
+        name = manifest.defaults.noise_scheduler
+        made = make_noise_scheduler(name, steps, manifest.noise_schedule)
+        return CacheSchedule.all_full(len(made.timesteps))
+
+    counts = range(side.table.steps, 1, -1)
+    steps = next((n for n in counts if side.loop_ms(schedule(n)) <= budget_ms), 1)
+    return side.make(steps, schedule(steps), None)
+
+
+def _draw_all(variants: Sequence[Variant], captions: Sequence[str]) -> None:
+    for seed, caption in enumerate(tqdm(captions, desc="draw", unit="caption")):
+        for variant in variants:
+            drawn = draw(variant.method, caption, seed)
+            variant.pictures.append(drawn.picture)
+            variant.loop_ms.append(drawn.loop_ms)
+            variant.total_ms.append(drawn.total_ms)
+
+
+def _row(
+    variant: Variant,
+    reference: Variant,
+    captions: Sequence[str],
+    world: Sequence[Scene] | None,
+    scorer: "Scorer",
+) -> dict[str, Any]:
+    pictures = np.stack(variant.pictures)
+    scores = scorer.clip_scores(pictures, captions)
+    deltas = scores - scorer.clip_scores(np.stack(reference.pictures), captions)
+    pairs = list(zip(reference.pictures, variant.pictures, strict=True))
+    # an equal picture has no finite PSNR: it counts as one level off in a single value
+    highest = 10 * np.log10(255.0**2 * pictures[0].size)
+    accuracy = None if world is None else scorer.attribute_accuracy(pictures, world)["all"]
+    return {
+        "name": variant.name,
+        "loop_speedup": _ratio(reference.loop_ms, variant.loop_ms),
+        "end_to_end_speedup": _ratio(reference.total_ms, variant.total_ms),
+        "compression": variant.method.bundle.manifest.conditions.get("unet_compression"),
+        "clip": float(scores.mean()),
+        "clip_delta": float(deltas.mean()),
+        "clip_delta_ci": mean_interval(deltas),
+        "attribute_accuracy": accuracy,
+        "psnr_db": float(np.mean([min(psnr_db(a, b), highest) for a, b in pairs])),
+        "ssim": float(np.mean([ssim(a, b) for a, b in pairs])),
+        "plan": {
+            "steps": variant.method.steps,
+            "modes": variant.method.schedule.to_string(),
+            **variant.method.schedule.counts,
+        },
+    }
+
+
+def _ratio(reference_ms: Sequence[float], own_ms: Sequence[float]) -> float:
+    """Returns the median over captions of how many times faster."""
+    return median(a / b for a, b in zip(reference_ms, own_ms, strict=True))
+
+
+def _frontier(
+    reference: Side, ours: Side, captions: Sequence[str], scorer: "Scorer"
+) -> list[dict[str, Any]]:
+    """Returns quality against speed-up: planned, uniform and fewer steps at equal budgets."""
+    if len(captions) < 2:
+        return []
+    whole = reference.loop_ms(reference.full)
+    base = Variant("float32", reference.make(ours.table.steps, reference.full, None))
+    points = []
+    for speedup in _FRONTIER_SPEEDUPS:
+        plan = _planned(ours, whole / speedup)
+        points += [
+            Variant("ours", ours.make(ours.table.steps, plan, ours.table)),
+            Variant("uniform cache", _uniform(ours, whole / speedup)),
+            Variant("fewer steps", _fewer_steps(ours, whole / speedup)),
+        ]
+    _draw_all([base, *points], captions)
+    return [_row(point, base, captions, None, scorer) for point in points]
+
+
+def _conditions(args: argparse.Namespace, side: Side) -> dict[str, Any]:
+    defaults = side.bundle.manifest.defaults
+    return {
+        "bundle": str(args.bundle),
+        "captions": args.captions,
+        "noise_scheduler": defaults.noise_scheduler,
+        "steps": defaults.steps,
+        "guidance_scale": defaults.guidance_scale,
+        "threads": args.threads or "one per core",
+        "engine": side.profile.engine,
+        "machine": platform.machine(),
+        "confidence": "95 %, paired bootstrap",
+        **side.bundle.manifest.conditions,
+    }
+
+
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    print(f"{'':24} {'full':>4} {'loop':>6} {'whole':>6} {'size':>5} {'CLIP':>6} "
+          f"{'delta':>6} {'95 % interval':>16} {'attr':>6} {'PSNR':>5} {'SSIM':>5}")  # fmt: skip
+    for row in rows:
+        low, high = row["clip_delta_ci"]
+        size = "–" if row["compression"] is None else f"{row['compression']:.2f}"
+        attributes = row["attribute_accuracy"]
+        shown = "–" if attributes is None else f"{attributes:.1%}"
+        print(
+            f"{row['name']:24} {row['plan']['full']:4} {row['loop_speedup']:5.2f}x "
+            f"{row['end_to_end_speedup']:5.2f}x {size:>5} {row['clip']:6.2f} "
+            f"{row['clip_delta']:+6.2f} {f'{low:+.2f} to {high:+.2f}':>16} {shown:>6} "
+            f"{row['psnr_db']:5.1f} {row['ssim']:5.3f}"
+        )

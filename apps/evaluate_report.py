@@ -1,0 +1,113 @@
+"""The evaluation as one HTML file: table, frontier, and the same captions drawn in every way."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from apps.evaluate import Variant
+
+_SHOWN = 12  # captions of the contact sheet
+_COLUMNS = {
+    "loop_speedup": "loop speed-up",
+    "end_to_end_speedup": "end-to-end speed-up",
+    "compression": "UNet compression",
+    "clip": "CLIP score",
+    "clip_delta": "difference",
+    "clip_delta_ci": "95 % interval",
+    "attribute_accuracy": "attribute accuracy",
+    "psnr_db": "PSNR, dB",
+    "ssim": "SSIM",
+}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }
+table { border-collapse: collapse } td, th { padding: .25em .7em; text-align: right }
+tr { border-bottom: 1px solid #ddd } td:first-child, th:first-child { text-align: left }
+img { max-width: 100% } .pictures img { width: 96px; display: block } small { color: #555 }
+"""
+
+
+def html_report(
+    report: Mapping[str, Any], captions: Sequence[str], variants: "Sequence[Variant]"
+) -> str:
+    """Returns the report; pictures and plot are inside it."""
+    conditions = ", ".join(f"{key} {value}" for key, value in report["conditions"].items())
+    parts = [
+        "<!doctype html><meta charset=utf-8><title>cq-edge evaluate</title>",
+        f"<style>{_STYLE}</style><h1>cq-edge evaluate</h1>",
+        f"<p><small>{html.escape(conditions)}</small>",
+        _table(report["variants"]),
+    ]
+    if report["frontier"]:
+        parts += ["<h2>Quality against speed-up</h2>", _image(_plot(report["frontier"]))]
+    parts += ["<h2>The same captions and seeds</h2>", _sheet(captions, variants)]
+    return "\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = "".join(f"<th>{title}</th>" for title in ("", "full steps", *_COLUMNS.values()))
+    lines = [f"<table><tr>{head}</tr>"]
+    for row in rows:
+        cells = [row["name"], str(row["plan"]["full"])]
+        cells += [_cell(row[key]) for key in _COLUMNS]
+        lines.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{value[0]:+.2f} to {value[1]:+.2f}"
+
+
+def _plot(frontier: Sequence[Mapping[str, Any]]) -> bytes:
+    """Returns a PNG: the change in CLIP score and the PSNR over the measured speed-up."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    quality = (("clip_delta", "CLIP score − float32's"), ("psnr_db", "PSNR to float32, dB"))
+    for axis, (key, title) in zip(axes, quality, strict=True):
+        for name in dict.fromkeys(row["name"] for row in frontier):
+            points = sorted((r["loop_speedup"], r[key]) for r in frontier if r["name"] == name)
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(xlabel="loop speed-up over float32 at every step", ylabel=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=90)
+    plt.close(figure)
+    return stream.getvalue()
+
+
+def _sheet(captions: Sequence[str], variants: "Sequence[Variant]") -> str:
+    shown = range(min(_SHOWN, len(captions)))
+    lines = ["<table class=pictures>"]
+    for variant in variants:
+        pictures = "".join(
+            f'<td title="{html.escape(captions[i])}">{_image(_png(variant.pictures[i]))}</td>'
+            for i in shown
+        )
+        lines.append(f"<tr><td>{html.escape(variant.name)}</td>{pictures}</tr>")
+    captioned = "".join(f"<td><small>{html.escape(captions[i])}</small></td>" for i in shown)
+    return "\n".join([*lines, f"<tr><td></td>{captioned}</tr></table>"])
+
+
+def _png(picture: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, format="png")
+    return stream.getvalue()
+
+
+def _image(png: bytes) -> str:
+    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'

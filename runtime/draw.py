@@ -1,0 +1,65 @@
+"""A prompt and a seed become a picture, with the times that it took."""
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cq_edge.cache_schedule import CacheSchedule
+from cq_edge.noise_scheduler import make_noise_scheduler
+from cq_edge.reuse_table import ReuseTable
+from runtime.bundle import Bundle
+from runtime.denoise import Guidance, denoise
+from runtime.engine import Engine
+from runtime.generate import decode_latents, encode_prompt, initial_latents
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Method:
+    """How a bundle's pictures are made.
+
+    Attributes:
+        bundle: Gives graphs, noise scheduler and guidance scale.
+        engine: Runs the bundle's graphs.
+        steps: Sampler steps.
+        schedule: The mode of each step of the loop.
+        table: The corrections of shallow steps; None where there are no such steps.
+    """
+
+    bundle: Bundle
+    engine: Engine
+    steps: int
+    schedule: CacheSchedule
+    table: ReuseTable | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """A (H, W, 3) uint8 picture, the milliseconds of its loop and of everything."""
+
+    picture: NDArray[np.uint8]
+    loop_ms: float
+    total_ms: float
+
+
+def draw(method: Method, prompt: str, seed: int) -> Drawn:
+    """Makes one picture: prompts, denoising loop, decoding."""
+    start = perf_counter()
+    manifest, engine = method.bundle.manifest, method.engine
+    defaults, size = manifest.defaults, manifest.latents
+    noise_scheduler = make_noise_scheduler(
+        defaults.noise_scheduler, method.steps, manifest.noise_schedule
+    )
+    tokenizer = method.bundle.tokenizer()
+    embeddings = [encode_prompt(engine, tokenizer, text)[0] for text in (prompt, "")]
+    guidance = Guidance(embeddings[0], embeddings[1], defaults.guidance_scale)
+    shape = (size.channels, size.height, size.width)
+    latents = initial_latents(shape, seed, noise_scheduler.init_noise_sigma)
+    loop_ms = 0.0
+    for record in denoise(
+        engine, noise_scheduler, method.schedule, latents, guidance, method.table
+    ):
+        loop_ms, latents = loop_ms + record.elapsed_ms, record.latents
+    picture = decode_latents(engine, latents)
+    return Drawn(picture, loop_ms, (perf_counter() - start) * 1e3)

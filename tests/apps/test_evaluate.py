@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from apps.cli import main
+from cq_edge.cache_schedule import CacheSchedule
+from cq_edge.latency import DeviceProfile
+from cq_edge.planner import plan_frontier
+from tests.tiny_bundle import reuse_table, write_bundle
+
+TIMES = {"encode": 2.0, "denoise": 10.0, "denoise_shallow": 1.0, "decode": 5.0}
+NAMES = [
+    "float32", "quantised only", "cached only", "naive", "ours without correction", "ours",
+    "uniform cache", "fewer steps",
+]  # fmt: skip
+
+
+@pytest.fixture
+def evaluate(home, monkeypatch, capsys):
+    """Runs `cq-edge evaluate bundle …` on a device where a shallow run takes a tenth."""
+    write_bundle(home / "float32", quantization="none")
+    profile = DeviceProfile("xnnpack", "", TIMES)
+    monkeypatch.setattr("apps.evaluate.measure_graphs", lambda *_: profile)
+
+    def call(*words):
+        code = main(["evaluate", "bundle", "--reference", "float32", *words])
+        return code, *capsys.readouterr()
+
+    return call, profile
+
+
+def test_every_way_is_compared_with_float32(evaluate):
+    call, profile = evaluate
+    code, out, _ = call(
+        "--captions", "3", "--frontier-captions", "2", "--speedup", "2",
+        "--json", "report.json", "--html", "report.html",
+    )  # fmt: skip
+    assert code == 0
+    report = json.loads(Path("report.json").read_text())
+    rows = {row["name"]: row for row in report["variants"]}
+    assert list(rows) == NAMES
+    assert [line[:24].strip() for line in out.splitlines()[1:]] == NAMES
+    # the fake graphs of both bundles are the same: alone, quantisation changes nothing
+    for name in ("float32", "quantised only"):
+        assert rows[name]["clip_delta"] == 0
+        assert rows[name]["ssim"] == pytest.approx(1)
+        assert rows[name]["plan"]["full"] == 10
+    assert rows["float32"]["loop_speedup"] == 1
+    assert rows["ours"]["psnr_db"] < rows["float32"]["psnr_db"]
+    frontier = plan_frontier(reuse_table().errors(), profile, 2)
+    fitting = [p for p in frontier if profile.loop_ms(p.schedule, 2) <= 2 * 100 / 2]
+    assert rows["ours"]["plan"]["modes"] == fitting[-1].schedule.to_string()
+    assert rows["uniform cache"]["plan"]["modes"] == CacheSchedule.uniform(10, 3).to_string()
+    assert rows["fewer steps"]["plan"]["steps"] == 5
+    assert {row["name"] for row in report["frontier"]} == {"ours", "uniform cache", "fewer steps"}
+    page = Path("report.html").read_text()
+    assert all(f"<td>{name}</td>" in page for name in NAMES)
+    assert "src=" in page
+    assert "http" not in page
+
+
+def test_other_prompts_have_no_attributes(evaluate):
+    call, _ = evaluate
+    Path("prompts.txt").write_text("a cat\n\na dog\n")
+    code, out, _ = call(
+        "--prompts", "prompts.txt", "--frontier-captions", "0", "--json", "report.json"
+    )
+    assert code == 0
+    report = json.loads(Path("report.json").read_text())
+    assert {row["attribute_accuracy"] for row in report["variants"]} == {None}
+    assert report["frontier"] == []
+    assert "–" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--captions", "1"), "--captions is 1: a comparison needs 2 or more"),
+        (("--reference", "bundle"), "bundle is quantised: a reference is built with "),
+        (("--prompts", "none.txt"), "--prompts none.txt cannot be read: "),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_with_a_sentence(evaluate, words, message):
+    call, _ = evaluate
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"cq-edge: error: {message}")
+
+
+def test_a_report_that_exists_is_kept_unless_forced(evaluate):
+    call, _ = evaluate
+    Path("report.json").write_text("mine")
+    assert call("--json", "report.json")[0] == 1
+    assert Path("report.json").read_text() == "mine"
