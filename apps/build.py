@@ -5,7 +5,7 @@ import json
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -31,9 +31,10 @@ from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_sched
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-    from torch import Tensor, nn
+    from numpy.typing import NDArray
 
-    from cq_edge.model.optimize import Optimized
+    from cq_edge.model.capture import Calibration
+    from cq_edge.model.optimize import OptimizeConfig, Optimized
     from exporters.graph_spec import GraphSpec
     from exporters.method_bytes import MethodBytes
     from exporters.operator_report import OperatorReport
@@ -107,8 +108,9 @@ def run(args: argparse.Namespace) -> int:
     # the torch side takes seconds to import: only once the arguments are known to be good
     with quiet_toolchains():
         from cq_edge.model.load import load_pipeline
-        from cq_edge.model.optimize import OptimizeConfig, optimize
+        from cq_edge.model.optimize import OptimizeConfig, optimize, parity_inputs
         from cq_edge.model.prompts import WORLD_PROMPTS, scene_prompts
+        from cq_edge.model.vocabulary import write_vocabulary
 
         pipeline = load_pipeline(args.model)
     if prompts is None:
@@ -125,15 +127,22 @@ def run(args: argparse.Namespace) -> int:
         shallow_layers=args.shallow_layers,
         quantization=args.quantization,
     )
-    with tqdm(total=2 * total * len(prompts), desc="calibrate", unit="step") as progress:
-        optimized = optimize(pipeline, config, on_step=progress.update)
+    optimized = optimize(pipeline, config)
     defaults = Defaults(args.scheduler, args.steps, args.guidance_scale, full_steps)
     with written_beside(args.output) as folder:
-        results = _export(optimized, pipeline, args.quantization, folder)
-        _write_tables(optimized, pipeline, folder)
+        specs = _specs(optimized, pipeline)
+        exported = _export(optimized, specs, folder)
+        with tqdm(total=2 * total * len(prompts), desc="calibrate", unit="step") as progress:
+            calibration = _calibrate(pipeline, config, specs, folder, progress.update)
+        inputs = parity_inputs(pipeline, config, calibration)
+        results = _check(optimized, specs, exported, inputs, args.quantization, folder)
+        calibration.table.save(folder / _table_file(defaults))
+        write_vocabulary(pipeline.tokenizer, folder / "tokenizer")
         name = "cq-edge demo model" if args.model is None else Path(args.model).name
         compression = _unet_compression(pipeline, results)
-        write_manifest(folder, _manifest(name, optimized, pipeline, results, defaults, compression))
+        conditions = _conditions(args.quantization, compression)
+        manifest = _manifest(name, optimized, pipeline, results, defaults, conditions)
+        write_manifest(folder, manifest)
     _report(args, _summary(args.output, results, compression, perf_counter() - start), results)
     return 0
 
@@ -171,38 +180,80 @@ def _image_size(pipeline: "StableDiffusionPipeline") -> ImageSize:
     return ImageSize(latents.height * scale, latents.width * scale)
 
 
-def _export(
-    optimized: "Optimized", pipeline: "StableDiffusionPipeline", quantization: str, folder: Path
-) -> dict[str, _GraphResult]:
-    """Writes the graphs' file and returns how each graph was exported and checked.
-
-    Raises:
-        ExportError: A graph cannot be exported.
-        ParityError: An exported graph computes something else than its float module.
-    """
+def _specs(optimized: "Optimized", pipeline: "StableDiffusionPipeline") -> "dict[str, GraphSpec]":
     from exporters.graph_spec import graph_specs
-    from exporters.method_bytes import method_bytes
-    from exporters.parity import check_parity
-    from exporters.to_executorch import export_executorch, load_graph, module_graph
 
-    path = folder / GRAPHS_FILE
     latents, image = _latent_shape(pipeline), _image_size(pipeline)
-    specs = graph_specs(
+    return graph_specs(
         (latents.channels, latents.height, latents.width),
         (image.height, image.width),
         embedding_width=pipeline.unet.config.cross_attention_dim,
-        feature_channels=optimized.calibration.table.channels,
+        feature_channels=optimized.feature_channels,
         token_count=pipeline.tokenizer.model_max_length,
     )
-    inputs = optimized.parity_inputs()
-    with tqdm(total=1 + len(specs), desc="export", unit="stage") as progress:
+
+
+def _export(
+    optimized: "Optimized", specs: "Mapping[str, GraphSpec]", folder: Path
+) -> "Mapping[str, OperatorReport]":
+    """Writes the graphs' file and returns where each graph's operators run.
+
+    Raises:
+        ExportError: A graph cannot be exported.
+    """
+    from exporters.to_executorch import example_inputs, export_executorch
+
+    modules = {
+        name: (module.eval(), example_inputs(specs[name]))
+        for name, module in optimized.edge.items()
+    }
+    with tqdm(total=1, desc="export", unit="stage") as progress:
         progress.set_postfix_str("lowering to XNNPACK: the longest stage")
-        report = export_executorch(_with_examples(optimized.edge, specs), path)
+        report = export_executorch(modules, folder / GRAPHS_FILE)
         progress.update()
-        sizes = method_bytes(path)
-        results = {}
-        for name, spec in specs.items():
-            progress.set_postfix_str(f"running {name} against the float module")
+    return report.graphs
+
+
+def _calibrate(
+    pipeline: "StableDiffusionPipeline",
+    config: "OptimizeConfig",
+    specs: "Mapping[str, GraphSpec]",
+    folder: Path,
+    on_step: Callable[[], object],
+) -> "Calibration":
+    """Calibrates on the exported graphs: what is measured is what ships."""
+    from cq_edge.model.optimize import calibrate
+    from exporters.to_executorch import load_graph, tensor_function
+
+    full, shallow = (
+        tensor_function(load_graph(folder / GRAPHS_FILE, specs[name]), specs[name])
+        for name in _UNET_GRAPHS
+    )
+    return calibrate(pipeline, config, full, shallow, on_step)
+
+
+def _check(
+    optimized: "Optimized",
+    specs: "Mapping[str, GraphSpec]",
+    exported: "Mapping[str, OperatorReport]",
+    inputs: "Mapping[str, list[dict[str, NDArray[Any]]]]",
+    quantization: str,
+    folder: Path,
+) -> dict[str, _GraphResult]:
+    """Runs every exported graph against its float module and returns what came of each.
+
+    Raises:
+        ParityError: An exported graph computes something else than its float module.
+    """
+    from exporters.method_bytes import method_bytes
+    from exporters.parity import check_parity
+    from exporters.to_executorch import load_graph, module_graph
+
+    path, results = folder / GRAPHS_FILE, {}
+    sizes = method_bytes(path)
+    with tqdm(specs.items(), desc="check", unit="graph") as progress:
+        for name, spec in progress:
+            progress.set_postfix_str(f"{name} against the float module")
             parity = check_parity(
                 name,
                 module_graph(optimized.reference[name], spec),
@@ -210,40 +261,12 @@ def _export(
                 inputs[name],
                 _FLOORS_DB[quantization if name in _UNET_GRAPHS else "none"],
             )
-            progress.update()
-            results[name] = _GraphResult(spec, sizes[name], parity, report.graphs[name])
+            results[name] = _GraphResult(spec, sizes[name], parity, exported[name])
     return results
 
 
-def _with_examples(
-    modules: "Mapping[str, nn.Module]", specs: "Mapping[str, GraphSpec]"
-) -> "dict[str, tuple[nn.Module, tuple[Tensor, ...]]]":
-    """Returns each module with inputs of its graph's shapes and types."""
-    import torch
-
-    dtypes = {"float32": torch.float32, "int64": torch.int64}
-    return {
-        name: (
-            module.eval(),
-            tuple(torch.zeros(t.shape, dtype=dtypes[t.dtype]) for t in specs[name].inputs),
-        )
-        for name, module in modules.items()
-    }
-
-
-def _write_tables(
-    optimized: "Optimized", pipeline: "StableDiffusionPipeline", folder: Path
-) -> None:
-    """Writes the reuse table and the tokenizer's vocabulary into the folder."""
-    from cq_edge.model.vocabulary import write_vocabulary
-
-    optimized.calibration.table.save(folder / _table_file(optimized))
-    write_vocabulary(pipeline.tokenizer, folder / "tokenizer")
-
-
-def _table_file(optimized: "Optimized") -> str:
-    table = optimized.calibration.table
-    return f"reuse_{table.noise_scheduler}_{table.steps}.npz"
+def _table_file(defaults: Defaults) -> str:
+    return f"reuse_{defaults.noise_scheduler}_{defaults.steps}.npz"
 
 
 def _manifest(
@@ -252,7 +275,7 @@ def _manifest(
     pipeline: "StableDiffusionPipeline",
     results: Mapping[str, _GraphResult],
     defaults: Defaults,
-    unet_compression: float,
+    conditions: Mapping[str, str | int | float],
 ) -> Manifest:
     tokenizer = pipeline.tokenizer
     return Manifest(
@@ -285,9 +308,9 @@ def _manifest(
             tokenizer.pad_token,
         ),
         reuse_tables=(
-            ReuseTableEntry(_table_file(optimized), defaults.noise_scheduler, defaults.steps),
+            ReuseTableEntry(_table_file(defaults), defaults.noise_scheduler, defaults.steps),
         ),
-        conditions=_conditions(optimized.quantization, unet_compression),
+        conditions=conditions,
     )
 
 

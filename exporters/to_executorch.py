@@ -74,6 +74,11 @@ def export_executorch(modules: Modules, path: Path) -> ExportReport:
     return ExportReport(len(content), graphs)
 
 
+def example_inputs(spec: GraphSpec) -> tuple[Tensor, ...]:
+    """Returns zeros of a graph's input shapes and types, to trace its module with."""
+    return tuple(torch.from_numpy(np.zeros(i.shape, _DTYPES[i.dtype])) for i in spec.inputs)
+
+
 def load_graph(path: Path, spec: GraphSpec) -> Callable[[Arrays], dict[str, NDArray[np.generic]]]:
     """Returns the file's method `spec.name` as a function of named arrays.
 
@@ -98,6 +103,20 @@ def load_graph(path: Path, spec: GraphSpec) -> Callable[[Arrays], dict[str, NDAr
         outputs = method.execute(inputs)
         # the engine reuses its output buffers in the next run
         return {o.name: t.numpy().copy() for o, t in zip(spec.outputs, outputs, strict=True)}
+
+    return run
+
+
+def tensor_function(
+    graph: Callable[[Arrays], dict[str, NDArray[np.generic]]], spec: GraphSpec
+) -> Callable[..., Any]:
+    """Returns a graph as a function of tensors in call order, as its module is."""
+
+    def run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        arrays = {i.name: t.numpy() for i, t in zip(spec.inputs, tensors, strict=True)}
+        found = graph(arrays)
+        outputs = tuple(torch.from_numpy(found[o.name]) for o in spec.outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
 
     return run
 

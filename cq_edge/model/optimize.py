@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cq_edge.errors import UsageError
-from cq_edge.model.capture import Calibration, capture
+from cq_edge.model.capture import Calibration, FullGraph, ShallowGraph, capture
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
 from cq_edge.model.prompts import embed_prompts, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
@@ -49,75 +49,31 @@ class OptimizeConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Optimized:
-    """The float modules, what becomes files, and what calibration measured.
+    """The float modules, and what becomes files.
 
     `reference` and `edge` hold the same four graphs by name: the pipeline's own float
-    modules, and the rewritten, quantised ones that are exported.
+    modules, and the rewritten, quantised ones that are exported. `feature_channels` is the C of
+    the cached feature.
     """
 
     reference: dict[str, nn.Module]
     edge: dict[str, nn.Module]
-    calibration: Calibration
     noise_schedule: NoiseScheduleConfig
-    quantization: str
-    token_ids: tuple[NDArray[np.int64], ...]
-
-    def parity_inputs(self) -> dict[str, list[dict[str, NDArray[Any]]]]:
-        """Returns for each graph the inputs to check its export with, all from calibration."""
-        table, samples = self.calibration.table, self.calibration.samples
-        full = [
-            {
-                "latents": sample.latents,
-                "timestep": np.array([sample.timestep], np.float32),
-                "embeddings": sample.embeddings,
-            }
-            for sample in samples
-        ]
-        shallow = []
-        for inputs, sample in zip(full, samples, strict=True):
-            correction = table.correction(sample.step - sample.gap, sample.step)
-            reused = {"cached_feature": sample.anchor_feature}
-            shallow.append({**inputs, **reused, "gain": correction.gain, "bias": correction.bias})
-        return {
-            "encode": [{"input_ids": ids} for ids in self.token_ids],
-            "denoise": full,
-            "denoise_shallow": shallow,
-            "decode": [{"latents": latents} for latents in self.calibration.final_latents],
-        }
+    feature_channels: int
 
 
-def optimize(
-    pipeline: StableDiffusionPipeline,
-    config: OptimizeConfig,
-    on_step: Callable[[], object] = lambda: None,
-) -> Optimized:
-    """Splits, rewrites, quantises and calibrates a pipeline.
+def optimize(pipeline: StableDiffusionPipeline, config: OptimizeConfig) -> Optimized:
+    """Splits, rewrites and quantises a pipeline; `calibrate` follows once it is exported.
 
     Args:
         pipeline: As `load_pipeline` returns it; left as it was.
-        config: What to calibrate for and how to quantise.
-        on_step: Called after every step of the calibration's two runs per prompt, for progress
-            bars.
+        config: How to split and quantise.
 
     Raises:
         ModelError: If the UNet cannot be split.
-        CalibrationError: If the denoiser gives a non-finite prediction.
-        ScheduleError: If the noise scheduler or its number of steps is not possible.
     """
-    noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
     full, shallow = split_unet(pipeline.unet, config.shallow_layers)
-    side = pipeline.unet.config.sample_size
     edge_full, edge_shallow = edge_unet(full, shallow, config.quantization)
-    calibration = capture(
-        edge_full,
-        edge_shallow,
-        embed_prompts(pipeline, config.prompts),
-        make_noise_scheduler(config.noise_scheduler, config.steps, noise_schedule),
-        (pipeline.unet.config.in_channels, side, side),
-        guidance_scale=config.guidance_scale,
-        max_gap=config.max_gap,
-        on_step=on_step,
-    )
     decode = DecodeGraph(pipeline.vae)
     reference: dict[str, nn.Module] = {
         "encode": _FirstOutput(pipeline.text_encoder),
@@ -131,8 +87,65 @@ def optimize(
         "denoise_shallow": edge_shallow,
         "decode": rewrite_for_xnnpack(decode),
     }
-    ids = tuple(token_ids(pipeline, prompt).numpy() for prompt in config.prompts)
-    return Optimized(reference, edge, calibration, noise_schedule, config.quantization, ids)
+    noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
+    return Optimized(reference, edge, noise_schedule, shallow.feature_channels)
+
+
+def calibrate(
+    pipeline: StableDiffusionPipeline,
+    config: OptimizeConfig,
+    full: FullGraph,
+    shallow: ShallowGraph,
+    on_step: Callable[[], object] = lambda: None,
+) -> Calibration:
+    """Runs the prompts through the graphs that ship and measures what reuse costs.
+
+    Args:
+        pipeline: Gives the prompts' embeddings and the noise schedule.
+        config: What to calibrate for.
+        full: The full graph; exported ones are faster than eager modules, and the real thing.
+        shallow: The shallow graph.
+        on_step: Called after every step of the two runs per prompt, for progress bars.
+
+    Raises:
+        CalibrationError: If a graph gives something non-finite.
+        ScheduleError: If the noise scheduler or its number of steps is not possible.
+    """
+    noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
+    side = pipeline.unet.config.sample_size
+    return capture(
+        full,
+        shallow,
+        embed_prompts(pipeline, config.prompts),
+        make_noise_scheduler(config.noise_scheduler, config.steps, noise_schedule),
+        (pipeline.unet.config.in_channels, side, side),
+        guidance_scale=config.guidance_scale,
+        max_gap=config.max_gap,
+        on_step=on_step,
+    )
+
+
+def parity_inputs(
+    pipeline: StableDiffusionPipeline, config: OptimizeConfig, calibration: Calibration
+) -> dict[str, list[dict[str, NDArray[Any]]]]:
+    """Returns for each graph the inputs to check its export with, all from calibration."""
+    full, shallow = [], []
+    for sample in calibration.samples:
+        inputs = {
+            "latents": sample.latents,
+            "timestep": np.array([sample.timestep], np.float32),
+            "embeddings": sample.embeddings,
+        }
+        correction = calibration.table.correction(sample.step - sample.gap, sample.step)
+        reused = {"cached_feature": sample.anchor_feature}
+        full.append(inputs)
+        shallow.append({**inputs, **reused, "gain": correction.gain, "bias": correction.bias})
+    return {
+        "encode": [{"input_ids": token_ids(pipeline, text).numpy()} for text in config.prompts],
+        "denoise": full,
+        "denoise_shallow": shallow,
+        "decode": [{"latents": latents} for latents in calibration.final_latents],
+    }
 
 
 class _FirstOutput(nn.Module):
