@@ -91,6 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in the shallow graph (default: %(default)s)")  # fmt: skip
     add("--quantization", choices=tuple(_FLOORS_DB), default="int8", help="of the UNet (default: "
         "%(default)s)")  # fmt: skip
+    add("--compression", type=float, metavar="X", help="UNet weights at least X times smaller than "
+        "float32: four bits in the Linear layers where it costs least (default: eight bits "
+        "everywhere, about 3.9)")  # fmt: skip
     add("--json", action="store_true", help="print one line of JSON")
 
 
@@ -108,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     # the torch side takes seconds to import: only once the arguments are known to be good
     with quiet_toolchains():
         from cq_edge.model.load import load_pipeline
-        from cq_edge.model.optimize import OptimizeConfig, optimize, parity_inputs
+        from cq_edge.model.optimize import OptimizeConfig, parity_inputs
         from cq_edge.model.prompts import WORLD_PROMPTS, scene_prompts
         from cq_edge.model.vocabulary import write_vocabulary
 
@@ -126,8 +129,9 @@ def run(args: argparse.Namespace) -> int:
         max_gap=args.max_gap,
         shallow_layers=args.shallow_layers,
         quantization=args.quantization,
+        compression=args.compression,
     )
-    optimized = optimize(pipeline, config)
+    optimized = _optimize(pipeline, config)
     defaults = Defaults(args.scheduler, args.steps, args.guidance_scale, full_steps)
     with written_beside(args.output) as folder:
         specs = _specs(optimized, pipeline)
@@ -178,6 +182,15 @@ def _latent_shape(pipeline: "StableDiffusionPipeline") -> LatentShape:
 def _image_size(pipeline: "StableDiffusionPipeline") -> ImageSize:
     latents, scale = _latent_shape(pipeline), pipeline.vae_scale_factor
     return ImageSize(latents.height * scale, latents.width * scale)
+
+
+def _optimize(pipeline: "StableDiffusionPipeline", config: "OptimizeConfig") -> "Optimized":
+    from cq_edge.model.optimize import optimize
+
+    if config.compression is None:
+        return optimize(pipeline, config)
+    with tqdm(desc="try layers at four bits", unit="layer") as progress:
+        return optimize(pipeline, config, progress.update)
 
 
 def _specs(optimized: "Optimized", pipeline: "StableDiffusionPipeline") -> "dict[str, GraphSpec]":

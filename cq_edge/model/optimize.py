@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -13,13 +12,15 @@ from torch import Tensor, nn
 from cq_edge.errors import UsageError
 from cq_edge.model.capture import Calibration, FullGraph, ShallowGraph, capture
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
+from cq_edge.model.mixed_precision import choose_four_bits
 from cq_edge.model.prompts import embed_prompts, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.rewrite import rewrite_for_xnnpack
-from cq_edge.model.split import FullUNet, ShallowUNet, split_unet
+from cq_edge.model.split import split_unet
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 QUANTIZATIONS = ("int8", "none")
+_TRIAL_PROMPTS, _TRIAL_STEPS = 2, 5  # what layers are tried on at four bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,8 @@ class OptimizeConfig:
     """What to calibrate for and how to quantise.
 
     `prompts` calibrate; `max_gap` is the largest gap measured, in steps; `quantization` is
-    "int8" (int8 weights, dynamic int8 activations) or "none" (float32).
+    "int8" (int8 weights, dynamic int8 activations) or "none" (float32); `compression` asks for
+    UNet weights so many times smaller than float32, by four bits in some Linear layers.
     """
 
     prompts: tuple[str, ...]
@@ -37,6 +39,7 @@ class OptimizeConfig:
     max_gap: int = 10
     shallow_layers: int = 1
     quantization: str = "int8"
+    compression: float | None = None
 
     def __post_init__(self) -> None:
         if self.quantization not in QUANTIZATIONS:
@@ -45,6 +48,8 @@ class OptimizeConfig:
             )
         if self.max_gap < 1:
             raise UsageError(f"max_gap is {self.max_gap}: a shallow step needs 1 or more")
+        if self.compression is not None and self.quantization == "none":
+            raise UsageError("a compression cannot be had with quantization none: choose int8")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,18 +67,28 @@ class Optimized:
     feature_channels: int
 
 
-def optimize(pipeline: StableDiffusionPipeline, config: OptimizeConfig) -> Optimized:
+def optimize(
+    pipeline: StableDiffusionPipeline,
+    config: OptimizeConfig,
+    on_layer: Callable[[], object] = lambda: None,
+) -> Optimized:
     """Splits, rewrites and quantises a pipeline; `calibrate` follows once it is exported.
 
     Args:
         pipeline: As `load_pipeline` returns it; left as it was.
         config: How to split and quantise.
+        on_layer: Called after each layer that was tried at four bits, for progress bars.
 
     Raises:
         ModelError: If the UNet cannot be split.
+        UsageError: If the compression asked for cannot be had.
     """
     full, shallow = split_unet(pipeline.unet, config.shallow_layers)
-    edge_full, edge_shallow = edge_unet(full, shallow, config.quantization)
+    both = rewrite_for_xnnpack(nn.ModuleList([full, shallow]))
+    if config.quantization == "int8":
+        chosen = _four_bits(pipeline, config, both[0], on_layer)
+        both = quantize_for_xnnpack(both, four_bits={f"0.{name}" for name in chosen})
+    edge_full, edge_shallow = both
     decode = DecodeGraph(pipeline.vae)
     reference: dict[str, nn.Module] = {
         "encode": _FirstOutput(pipeline.text_encoder),
@@ -112,13 +127,12 @@ def calibrate(
         ScheduleError: If the noise scheduler or its number of steps is not possible.
     """
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
-    side = pipeline.unet.config.sample_size
     return capture(
         full,
         shallow,
         embed_prompts(pipeline, config.prompts),
         make_noise_scheduler(config.noise_scheduler, config.steps, noise_schedule),
-        (pipeline.unet.config.in_channels, side, side),
+        _latents_shape(pipeline),
         guidance_scale=config.guidance_scale,
         max_gap=config.max_gap,
         on_step=on_step,
@@ -160,10 +174,27 @@ class _FirstOutput(nn.Module):
         return first
 
 
-@torch.no_grad()
-def edge_unet(full: FullUNet, shallow: ShallowUNet, quantization: str) -> tuple[nn.Module, ...]:
-    """Returns rewritten and quantised copies of the two modules, still sharing their parts."""
-    both = rewrite_for_xnnpack(nn.ModuleList([full, shallow]))
-    if quantization == "int8":
-        both = quantize_for_xnnpack(both)
-    return tuple(both)
+def _four_bits(
+    pipeline: StableDiffusionPipeline,
+    config: OptimizeConfig,
+    full: nn.Module,
+    on_layer: Callable[[], object],
+) -> frozenset[str]:
+    """Returns the layers of the rewritten full graph that are to have four bits."""
+    if config.compression is None:
+        return frozenset()
+    noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
+    return choose_four_bits(
+        full,
+        config.compression,
+        embed_prompts(pipeline, config.prompts[:_TRIAL_PROMPTS]),
+        make_noise_scheduler("ddim", _TRIAL_STEPS, noise_schedule),
+        _latents_shape(pipeline),
+        config.guidance_scale,
+        on_layer,
+    )
+
+
+def _latents_shape(pipeline: StableDiffusionPipeline) -> tuple[int, int, int]:
+    config = pipeline.unet.config
+    return (config.in_channels, config.sample_size, config.sample_size)

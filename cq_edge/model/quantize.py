@@ -3,17 +3,18 @@
 Weights are int8 with one scale per output channel; activations become int8 while the graph
 runs, per token in linear layers and per picture in convolutions. torchao does the linear
 layers; its configurations take no Conv2d, so that is a module of ours on torchao's primitives.
+Linear layers named so have weights of four bits instead, with a scale per `GROUP` of them.
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
-from torchao.quantization.granularity import PerAxis
+from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.quantization.pt2e import quantizer as _registers_quantized_decomposed  # noqa: F401
 from torchao.quantization.quant_primitives import (
     MappingType,
@@ -25,6 +26,7 @@ from cq_edge.model.surgery import replace_modules
 
 Root = TypeVar("Root", bound=nn.Module)
 FIRST_AND_LAST = ("conv_in", "conv_out", "head.conv")
+GROUP = 32
 _MIN, _MAX = -127, 127
 _ACTIVATION_MIN, _ACTIVATION_MAX = -128, 127
 _EPSILON = torch.finfo(torch.float32).eps
@@ -74,35 +76,53 @@ class Int8Conv2d(nn.Module):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
 
 
-def quantize_for_xnnpack(module: Root, keep: Collection[str] = FIRST_AND_LAST) -> Root:
+def quantize_for_xnnpack(
+    module: Root, keep: Collection[str] = FIRST_AND_LAST, four_bits: Collection[str] = ()
+) -> Root:
     """Returns a copy whose Conv2d and Linear layers are int8; what was shared stays shared.
 
     Args:
         module: Already rewritten for XNNPACK; the rewrites' constant helpers are no layers and
             stay float.
-        keep: Names of layers that stay float32, each matched against the end of the qualified
-            name at a dot: "head.conv" keeps "head.conv" and "0.head.conv".
+        keep: Names of layers that stay float32, matched as `is_named` does.
+        four_bits: Qualified names of Linear layers that get four bits instead; their inputs are
+            a multiple of `GROUP`.
     """
     quantized = copy.deepcopy(module)
     names = {id(child): name for name, child in quantized.named_modules()}
 
-    def is_kept(child: nn.Module) -> bool:
-        return any(f".{names[id(child)]}".endswith(f".{name}") for name in keep)
-
     def convolution(conv: nn.Conv2d) -> nn.Module:
         fits = conv.groups == 1 and conv.padding_mode == "zeros"
-        return conv if is_kept(conv) or not fits else Int8Conv2d(conv)
+        return conv if is_named(names[id(conv)], keep) or not fits else Int8Conv2d(conv)
 
     replace_modules(quantized, nn.Conv2d, convolution)
-    config = Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int8, weight_granularity=PerAxis(0)
-    )
     done: set[int] = set()
 
-    def linear(child: nn.Module, _name: str) -> bool:
-        wanted = isinstance(child, nn.Linear) and id(child) not in done and not is_kept(child)
-        done.add(id(child))
-        return wanted
+    def linears(wanted: Callable[[str], bool]) -> Callable[[nn.Module, str], bool]:
+        """Returns a filter for layers by name that takes each layer once."""
 
-    quantize_(quantized, config, filter_fn=linear)
+        def fits(child: nn.Module, _name: str) -> bool:
+            found = isinstance(child, nn.Linear) and id(child) not in done
+            found = found and wanted(names[id(child)])
+            if found:
+                done.add(id(child))
+            return found
+
+        return fits
+
+    narrow = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        weight_granularity=PerGroup(GROUP),
+    )
+    quantize_(quantized, narrow, filter_fn=linears(lambda name: name in four_bits))
+    wide = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int8, weight_granularity=PerAxis(0)
+    )
+    quantize_(quantized, wide, filter_fn=linears(lambda name: not is_named(name, keep)))
     return quantized
+
+
+def is_named(name: str, ends: Collection[str]) -> bool:
+    """Returns whether a qualified name ends in one of `ends`, at a dot: "head.conv" names
+    "head.conv" and "0.head.conv"."""
+    return any(f".{name}".endswith(f".{end}") for end in ends)

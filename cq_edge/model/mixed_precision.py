@@ -1,0 +1,174 @@
+"""Which Linear layers take four bits, so that the UNet fits a size: those that cost least.
+
+Convolutions have eight bits at least: XNNPACK has no narrower ones.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization.quant_primitives import (
+    MappingType,
+    choose_qparams_affine,
+    dequantize_affine,
+    quantize_affine,
+)
+
+from cq_edge.errors import UsageError
+from cq_edge.influence import step_influence
+from cq_edge.model.quantize import FIRST_AND_LAST, GROUP, is_named
+from cq_edge.noise_scheduler import NoiseScheduler
+
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sample:
+    """What the full graph sees at a step, both branches, and how much that step matters."""
+
+    inputs: tuple[Tensor, Tensor, Tensor]
+    weight: float
+
+
+@torch.no_grad()
+def choose_four_bits(
+    full: nn.Module,
+    compression: float,
+    prompts: Sequence[tuple[Tensor, Tensor]],
+    noise_scheduler: NoiseScheduler,
+    latents_shape: tuple[int, int, int],
+    guidance_scale: float,
+    on_layer: Callable[[], object] = lambda: None,
+) -> frozenset[str]:
+    """Returns the names of the Linear layers of `full` that are to have four bits.
+
+    Each candidate is rounded to four bits alone and the guided noise prediction's squared
+    error is measured over a short run of the loop, weighted by each step's influence. Layers
+    are taken in the order of that error per byte saved.
+
+    Args:
+        full: The rewritten `FullUNet`, float; weights are put back.
+        compression: Float32 bytes of the parameters over bytes of the weights stored, at least.
+        prompts: The (uncond, cond) embeddings of a few prompts.
+        noise_scheduler: Of a few steps.
+        latents_shape: (4, h, w).
+        guidance_scale: Of the guided prediction.
+        on_layer: Called after each candidate, for progress bars.
+
+    Raises:
+        UsageError: The layers there are do not save enough; says how much is possible.
+    """
+    target = 4 * sum(p.numel() for p in full.parameters()) / compression
+    layers = candidates(full)
+    smallest = stored_bytes(full, layers)
+    if smallest > target:
+        most = compression * target / smallest
+        raise UsageError(
+            f"the UNet cannot be {compression:g} times smaller: with four bits in every Linear "
+            f"layer it is {most:.2f} times smaller; ask for less"
+        )
+    samples = _samples(full, prompts, noise_scheduler, latents_shape)
+    errors = _errors(full, layers, samples, guidance_scale, on_layer)
+    saved = {name: _saved_bytes(layer) for name, layer in layers.items()}
+    chosen: list[str] = []
+    for name in sorted(layers, key=lambda name: errors[name] / saved[name]):
+        if stored_bytes(full, chosen) <= target:
+            break
+        chosen.append(name)
+    return frozenset(chosen)
+
+
+def candidates(full: nn.Module) -> dict[str, nn.Linear]:
+    """Returns the Linear layers that can have four bits, by name."""
+    return {
+        name: module
+        for name, module in full.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.in_features % GROUP == 0
+        and not is_named(name, FIRST_AND_LAST)
+    }
+
+
+def stored_bytes(full: nn.Module, four_bits: Collection[str]) -> int:
+    """Returns about how many bytes the quantised weights of a float graph take in a file."""
+    total = 0
+    for name, module in full.named_modules():
+        for parameter in module.parameters(recurse=False):
+            is_weight = isinstance(module, nn.Linear | nn.Conv2d) and parameter.dim() > 1
+            if not is_weight or is_named(name, FIRST_AND_LAST):
+                total += 4 * parameter.numel()
+            elif name in four_bits:
+                total += parameter.numel() // 2 + _SCALE_BYTES * (parameter.numel() // GROUP)
+            else:
+                total += parameter.numel() + _SCALE_BYTES * len(parameter)
+    return total
+
+
+def _saved_bytes(layer: nn.Linear) -> int:
+    """Returns what four bits save against eight."""
+    count = layer.weight.numel()
+    return count // 2 - _SCALE_BYTES * (count // GROUP - layer.out_features)
+
+
+def _samples(
+    full: nn.Module,
+    prompts: Sequence[tuple[Tensor, Tensor]],
+    noise_scheduler: NoiseScheduler,
+    latents_shape: tuple[int, int, int],
+) -> list[_Sample]:
+    """Runs the loop on the prompts alone, unguided, and returns what the graph saw."""
+    influence = step_influence(noise_scheduler)
+    samples = []
+    for seed, branches in enumerate(prompts):
+        generator = torch.Generator().manual_seed(seed)
+        latents = torch.randn((1, *latents_shape), generator=generator)
+        latents = latents * noise_scheduler.init_noise_sigma
+        history: tuple[Tensor, ...] = ()
+        for step, time in enumerate(noise_scheduler.timesteps):
+            seen = noise_scheduler.model_input(latents, step).expand(2, -1, -1, -1)
+            inputs = (seen, torch.tensor([time]), torch.cat(branches))
+            samples.append(_Sample(inputs, float(influence[step]) ** 2))
+            predicted = full(*inputs)[0][1:]
+            latents, history = noise_scheduler.advance(latents, predicted, step, history)
+    return samples
+
+
+def _errors(
+    full: nn.Module,
+    layers: dict[str, nn.Linear],
+    samples: list[_Sample],
+    guidance_scale: float,
+    on_layer: Callable[[], object],
+) -> dict[str, float]:
+    """Returns each layer's error of the guided noise prediction, had it alone four bits."""
+
+    def guided(sample: _Sample) -> Tensor:
+        uncond, cond = full(*sample.inputs)[0]
+        prediction: Tensor = uncond + guidance_scale * (cond - uncond)
+        return prediction
+
+    expected = [guided(sample) for sample in samples]
+    errors = {}
+    for name, layer in layers.items():
+        kept = layer.weight
+        layer.weight = nn.Parameter(_rounded(kept), requires_grad=False)
+        errors[name] = sum(
+            sample.weight * float((guided(sample) - right).square().mean())
+            for sample, right in zip(samples, expected, strict=True)
+        )
+        layer.weight = kept
+        on_layer()
+    return errors
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    """Returns weights on the grid of four bits, one scale per `GROUP` weights of a row."""
+    block = (1, GROUP)
+    scale, zero_point = choose_qparams_affine(
+        weight, MappingType.SYMMETRIC, block, torch.int8, quant_min=-8, quant_max=7,
+        scale_dtype=torch.float32, zero_point_dtype=torch.int64,
+    )  # fmt: skip
+    levels = quantize_affine(weight, block, scale, zero_point, torch.int8, -8, 7)
+    rounded: Tensor = dequantize_affine(levels, block, scale, zero_point, torch.int8, -8, 7)
+    return rounded

@@ -1,0 +1,85 @@
+import pytest
+import torch
+from torch import nn
+
+from cq_edge.errors import UsageError
+from cq_edge.metrics import sqnr_db
+from cq_edge.model.mixed_precision import candidates, choose_four_bits, stored_bytes
+from cq_edge.model.quantize import quantize_for_xnnpack
+from cq_edge.model.rewrite import rewrite_for_xnnpack
+from cq_edge.model.split import split_unet
+from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
+from tests.model.tiny_models import step_inputs, tiny_unet
+
+
+def rewritten():
+    unet = tiny_unet(block_out_channels=(32, 64), cross_attention_dim=32)
+    return rewrite_for_xnnpack(nn.ModuleList(split_unet(unet)))
+
+
+def choose(full, compression, **changes):
+    generator = torch.Generator().manual_seed(0)
+    prompts = [tuple(torch.randn(2, 1, 77, 32, generator=generator))]
+    scheduler = make_noise_scheduler("ddim", 2, NoiseScheduleConfig())
+    return choose_four_bits(full, compression, prompts, scheduler, (4, 8, 8), 3.0, **changes)
+
+
+def compression(full, chosen):
+    return 4 * sum(p.numel() for p in full.parameters()) / stored_bytes(full, chosen)
+
+
+@torch.no_grad()
+def test_as_many_layers_have_four_bits_as_the_size_needs():
+    full = rewritten()[0]
+    least, most = compression(full, ()), compression(full, candidates(full))
+    assert choose(full, least) == frozenset()
+    middle = (least + most) / 2
+    chosen = choose(full, middle)
+    assert compression(full, chosen) >= middle
+    assert 0 < len(chosen) < len(candidates(full))
+    assert choose(full, most) == set(candidates(full))
+
+
+@torch.no_grad()
+def test_the_layers_chosen_cost_less_than_the_others_would():
+    pair = rewritten()
+    full = pair[0]
+    least, most = compression(full, ()), compression(full, candidates(full))
+    chosen = choose(full, (least + most) / 2)
+    others = set(candidates(full)) - chosen
+    inputs = step_inputs(width=32)
+    expected = full(*inputs)[0].numpy()
+
+    def quality_db(names):
+        quantised = quantize_for_xnnpack(pair, four_bits={f"0.{name}" for name in names})
+        return sqnr_db(expected, quantised[0](*inputs)[0].numpy())
+
+    assert quality_db(()) > quality_db(chosen) > quality_db(others)
+
+
+@torch.no_grad()
+def test_trying_leaves_the_weights_as_they_were():
+    full, told = rewritten()[0], []
+    before = {name: p.clone() for name, p in full.named_parameters()}
+    choose(full, compression(full, ()) * 1.02, on_layer=lambda: told.append(None))
+    assert len(told) == len(candidates(full))
+    assert all(torch.equal(p, before[name]) for name, p in full.named_parameters())
+
+
+def test_a_size_that_cannot_be_had_says_which_can():
+    full = rewritten()[0]
+    most = compression(full, candidates(full))
+    message = f"^the UNet cannot be 7 times smaller: .* it is {most:.2f} times smaller; ask for"
+    with pytest.raises(UsageError, match=message):
+        choose(full, 7.0)
+
+
+@torch.no_grad()
+def test_layers_of_four_bits_are_stored_in_four_and_the_others_in_eight():
+    pair = rewritten()
+    name = next(iter(candidates(pair[0])))
+    full, _ = quantize_for_xnnpack(pair, four_bits={f"0.{name}"})
+    layer = full.get_submodule(name)
+    assert layer.weight.qdata.unique().numel() <= 16
+    other = full.get_submodule(list(candidates(pair[0]))[1])
+    assert other.weight.qdata.unique().numel() > 16
