@@ -124,6 +124,27 @@ def mean_interval(values: NDArray[np.floating], confidence: float = 0.95) -> tup
     return float(low), float(high)
 
 
+def spearman_rho(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+    """Returns Spearman's rank correlation of two series, -1 to 1; ties get their mean rank.
+
+    Args:
+        a: (N,), two different values at least.
+        b: Likewise.
+
+    Raises:
+        UsageError: Shapes differ, or a series has no order.
+    """
+    _require_same_shape(a, b)
+    ranks = []
+    for series in (a, b):
+        _, place, counts = np.unique(series, return_inverse=True, return_counts=True)
+        if len(counts) < 2:
+            raise UsageError("a series of equal values has no rank correlation")
+        ends = np.cumsum(counts)
+        ranks.append((ends - (counts - 1) / 2)[place])
+    return float(np.corrcoef(ranks)[0, 1])
+
+
 def _unit_rows(embeddings: NDArray[np.floating]) -> NDArray[np.float64]:
     rows = np.asarray(embeddings, np.float64)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)

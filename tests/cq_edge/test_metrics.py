@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cq_edge.errors import UsageError
-from cq_edge.metrics import clip_score, mean_interval, psnr_db, sqnr_db, ssim
+from cq_edge.metrics import clip_score, mean_interval, psnr_db, spearman_rho, sqnr_db, ssim
 
 
 def picture(seed=0, shape=(24, 20, 3)):
@@ -158,3 +158,16 @@ def test_no_values_have_no_interval():
     for values in (np.zeros(0), np.array([1.0, np.nan]), np.zeros((2, 2))):
         with pytest.raises(UsageError, match="have no interval"):
             mean_interval(values)
+
+
+def test_rank_correlation_sees_order_alone():
+    x = np.array([0.1, 5.0, 0.3, 2.0])
+    assert spearman_rho(x, np.exp(x)) == pytest.approx(1)
+    assert spearman_rho(x, -x) == pytest.approx(-1)
+    # d² sum 2 over four ranks: 1 - 6 · 2 / (4 · 15)
+    assert spearman_rho(x, np.array([1.0, 4.0, 3.0, 2.0])) == pytest.approx(0.8)
+    # ties share their mean rank: [1, 2.5, 2.5, 4] against [1, 2, 3, 4]
+    tied = spearman_rho(np.array([0.0, 1.0, 1.0, 2.0]), np.array([0.0, 1.0, 2.0, 3.0]))
+    assert tied == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1])
+    with pytest.raises(UsageError, match="no rank correlation"):
+        spearman_rho(np.ones(3), np.arange(3.0))

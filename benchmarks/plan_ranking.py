@@ -1,0 +1,154 @@
+"""How well a plan's predicted error ranks the error it is then found to have.
+
+Draws random plans of mixed length, runs each from seeds and captions that calibration never saw,
+and compares the final latents with those of every step full on the same graphs:
+
+    cq-edge build -o out/demo/bundle
+    python -m benchmarks.plan_ranking out/demo/bundle     # writes docs/plan_ranking.md and .png
+"""
+
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from apps.engines import engine_for
+from cq_edge.cache_schedule import CacheSchedule, total_error
+from cq_edge.metrics import spearman_rho
+from cq_edge.noise_scheduler import make_noise_scheduler
+from cq_edge.reuse_table import OBJECTIVES, ReuseTable
+from cq_edge.scenes import scenes
+from runtime.bundle import Bundle, open_bundle
+from runtime.denoise import Guidance, denoise
+from runtime.engine import Engine
+from runtime.generate import encode_prompt, initial_latents
+
+_SCENES_SEED = 40_000_001
+
+
+def main() -> None:
+    """Draws plans, runs them, writes the correlation and a plot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--plans", type=int, default=80)
+    parser.add_argument("--captions", type=int, default=4, help="each with its own seed")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    bundle = open_bundle(args.bundle)
+    defaults = bundle.manifest.defaults
+    table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
+    rng = np.random.default_rng(0)
+    plans = [_random_plan(rng, table) for _ in range(args.plans)]
+    captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
+    measured = _measure(bundle, engine_for(bundle, args.threads), table, plans, captions)
+    predicted = {
+        name: np.array([total_error(table.errors(name), plan) for plan in plans])
+        for name in OBJECTIVES
+    }
+    counts = np.array([plan.counts["full"] for plan in plans])
+    _plot(predicted, measured, counts, args.docs / "plan_ranking.png")
+    text = _table(predicted, measured, counts, args.captions, bundle)
+    (args.docs / "plan_ranking.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _random_plan(rng: np.random.Generator, table: ReuseTable) -> CacheSchedule:
+    """Returns a plan with a random number of full steps at random places that the table covers."""
+    total = len(table.timesteps)
+    while True:
+        fewest = -(-total // (table.max_gap + 1))
+        count = int(rng.integers(fewest, total))
+        full = {0, *rng.choice(np.arange(1, total), count - 1, replace=False).tolist()}
+        plan = CacheSchedule.from_string("".join("F" if i in full else "S" for i in range(total)))
+        if plan.max_gap <= table.max_gap:
+            return plan
+
+
+def _measure(
+    bundle: Bundle,
+    engine: Engine,
+    table: ReuseTable,
+    plans: list[CacheSchedule],
+    captions: list[str],
+) -> NDArray[np.float64]:
+    """Returns each plan's mean squared error of the final latents, over the captions."""
+    manifest, tokenizer = bundle.manifest, bundle.tokenizer()
+    defaults, size = manifest.defaults, manifest.latents
+    noise_scheduler = make_noise_scheduler(
+        defaults.noise_scheduler, defaults.steps, manifest.noise_schedule
+    )
+    errors = np.zeros(len(plans))
+    empty = encode_prompt(engine, tokenizer, "")[0]
+    for seed, caption in enumerate(tqdm(captions, desc="captions")):
+        prompt = encode_prompt(engine, tokenizer, caption)[0]
+        guidance = Guidance(prompt, empty, defaults.guidance_scale)
+        shape = (size.channels, size.height, size.width)
+        start = initial_latents(shape, 1_000 + seed, noise_scheduler.init_noise_sigma)
+
+        def final(
+            plan: CacheSchedule,
+            start: NDArray[np.float32] = start,
+            guidance: Guidance = guidance,
+        ) -> NDArray[np.float32]:
+            *_, last = denoise(engine, noise_scheduler, plan, start, guidance, table)
+            return last.latents
+
+        expected = final(CacheSchedule.all_full(len(table.timesteps)))
+        for index, plan in enumerate(tqdm(plans, desc="plans", leave=False)):
+            errors[index] += float(np.square(final(plan) - expected).mean()) / len(captions)
+    return errors
+
+
+def _table(
+    predicted: dict[str, NDArray[np.float64]],
+    measured: NDArray[np.float64],
+    counts: NDArray[np.int64],
+    captions: int,
+    bundle: Bundle,
+) -> str:
+    lines = ["| predicted error | Spearman's rho with the measured error |", "| --- | --- |"]
+    lines += [f"| `{name}` | {spearman_rho(p, measured):.3f} |" for name, p in predicted.items()]
+    defaults = bundle.manifest.defaults
+    lines += [
+        "",
+        f"{len(measured)} random plans with {counts.min()} to {counts.max()} full steps, "
+        f"{captions} held-out captions and seeds each, {defaults.noise_scheduler.upper()} "
+        f"{defaults.steps} steps, guidance {defaults.guidance_scale:g}. Measured: mean squared "
+        "error of the final latents against every step full on the same graphs. `noise_pred` is "
+        "our objective, `feature_l1` the paper's.",
+        "",
+        "![Predicted against measured error](plan_ranking.png)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _plot(
+    predicted: dict[str, NDArray[np.float64]],
+    measured: NDArray[np.float64],
+    counts: NDArray[np.int64],
+    path: Path,
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(predicted), figsize=(5.5 * len(predicted), 4))
+    for axis, (name, errors) in zip(axes, predicted.items(), strict=True):
+        dots = axis.scatter(errors, measured, c=counts, s=18)
+        title = f"{name}: rho {spearman_rho(errors, measured):.3f}"
+        axis.set(xscale="log", yscale="log", xlabel="predicted error", title=title)
+    axes[0].set(ylabel="measured error of the final latents")
+    figure.colorbar(dots, ax=axes, label="full steps")
+    figure.savefig(path, dpi=80, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
