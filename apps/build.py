@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 GRAPHS_FILE = "graphs.pte"
 # least parity in dB: float32 graphs differ by rounding alone, int8 ones by their quantisation
 _FLOORS_DB = {"none": 60.0, "int8": 20.0}
+# where attribute accuracy is best (docs/demo_model.md), and Stable Diffusion's own
+_DEMO_GUIDANCE, _USUAL_GUIDANCE = 3.5, 7.5
 _UNET_GRAPHS = ("denoise", "denoise_shallow")
 
 _DESCRIPTION = """\
@@ -80,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", choices=NAMES, default="pndm", help="noise scheduler to calibrate for "
         "(default: %(default)s)")  # fmt: skip
     add("--steps", type=int, default=50, metavar="N", help="sampler steps (default: %(default)s)")
-    add("--guidance-scale", type=float, default=6.0, metavar="X", help="(default: %(default)s)")
+    add("--guidance-scale", type=float, metavar="X", help="(default: "
+        f"{_DEMO_GUIDANCE:g} for the demo model, {_USUAL_GUIDANCE:g} for others)")  # fmt: skip
     add("--full-steps", type=int, metavar="N", help="full steps of the bundle's default plan "
         "(default: a third of the steps)")  # fmt: skip
     add("--max-gap", type=int, default=10, metavar="N", help="the furthest that a feature is "
@@ -118,6 +121,9 @@ def run(args: argparse.Namespace) -> int:
         pipeline = load_pipeline(args.model)
     if prompts is None:
         prompts = tuple(scene_prompts(8)) if args.model is None else WORLD_PROMPTS
+    scale = args.guidance_scale
+    if scale is None:
+        scale = _DEMO_GUIDANCE if args.model is None else _USUAL_GUIDANCE
     schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
     total = len(make_noise_scheduler(args.scheduler, args.steps, schedule).timesteps)
     full_steps = _full_steps(args.full_steps, total, args.max_gap)
@@ -125,14 +131,14 @@ def run(args: argparse.Namespace) -> int:
         prompts=prompts,
         noise_scheduler=args.scheduler,
         steps=args.steps,
-        guidance_scale=args.guidance_scale,
+        guidance_scale=scale,
         max_gap=args.max_gap,
         shallow_layers=args.shallow_layers,
         quantization=args.quantization,
         compression=args.compression,
     )
     optimized = _optimize(pipeline, config)
-    defaults = Defaults(args.scheduler, args.steps, args.guidance_scale, full_steps)
+    defaults = Defaults(args.scheduler, args.steps, scale, full_steps)
     with written_beside(args.output) as folder:
         specs = _specs(optimized, pipeline)
         exported = _export(optimized, specs, folder)

@@ -27,11 +27,13 @@ def rendered():
 
 
 def test_the_scorer_reads_rendered_pictures_as_well_as_its_card_says(scorer, rendered):
-    # the card's figures, less what another draw of scenes may cost; the goal is 0.98 for all
     accuracy = scorer.attribute_accuracy(rendered, HELD_OUT)
-    assert accuracy["all"] >= 0.84
-    assert accuracy["colour"] >= 0.94
+    assert accuracy["all"] >= 0.98
+    # the card's figures, less what another draw of scenes may cost
+    assert accuracy["colour"] >= 0.98
+    assert accuracy["kind"] >= 0.96
     assert accuracy["background colour"] >= 0.98
+    assert accuracy["background pattern"] >= 0.98
 
 
 def test_the_scorer_prefers_a_pictures_own_caption(scorer, rendered):
@@ -49,7 +51,7 @@ def test_the_scorer_is_no_better_than_chance_on_noise(scorer):
 
 def test_pictures_of_another_size_are_scored_alike(scorer):
     large = np.stack([render(scene, 256) for scene in HELD_OUT[:32]])
-    assert scorer.attribute_accuracy(large, HELD_OUT[:32])["all"] >= 0.8
+    assert scorer.attribute_accuracy(large, HELD_OUT[:32])["all"] >= 0.9
 
 
 def test_the_pipeline_runs_unchanged_in_diffusers():
@@ -81,9 +83,9 @@ def test_generated_pictures_show_what_held_out_captions_say(scorer):
     output = pipeline(
         [scene.caption() for scene in some],
         num_inference_steps=50,
-        guidance_scale=6.0,
+        guidance_scale=5.0,
         generator=[torch.Generator().manual_seed(i) for i in range(len(some))],
         output_type="np",
     )
     pictures = (output.images * 255 + 0.5).astype(np.uint8)
-    assert scorer.attribute_accuracy(pictures, some)["all"] >= 0.6  # the card says 0.71
+    assert scorer.attribute_accuracy(pictures, some)["all"] >= 0.85

@@ -150,7 +150,9 @@ def package_stage(shop: Workshop) -> None:
 def judge_stage(shop: Workshop) -> None:
     """Measures the shipped folders on held-out captions and draws the sample sheet."""
     judge.judge_scorer(Scorer.load(), shop.args.judge_captions)
-    judge.judge_model(shop.args.judge_captions, DEMO_MODEL / "samples.png", shop.device)
+    for scale in shop.args.judge_guidance:
+        sheet = DEMO_MODEL / "samples.png"
+        judge.judge_model(shop.args.judge_captions, scale, sheet, shop.device)
 
 
 STAGES = {
@@ -192,6 +194,7 @@ def main() -> None:
     parser.add_argument("--scorer-steps", type=int, default=5000)
     parser.add_argument("--looking-steps", type=int, default=2500, help="of these, the first")
     parser.add_argument("--judge-captions", type=int, default=256)
+    parser.add_argument("--judge-guidance", type=float, nargs="+", default=[5.0, 3.5])
     args = parser.parse_args()
     unknown = set(args.stages) - set(STAGES)
     if unknown:

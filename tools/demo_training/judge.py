@@ -22,9 +22,9 @@ def judge_scorer(scorer: Scorer, count: int) -> None:
     _report("rendered", scorer, drawn, scenes)
 
 
-def judge_model(count: int, sheet: Path, device: str) -> None:
-    """Generates the held-out captions at 50 PNDM steps, guidance 6, float32; prints the
-    attribute accuracy and CLIP score and writes a sheet of the first 32 pictures."""
+def judge_model(count: int, guidance_scale: float, sheet: Path, device: str) -> None:
+    """Generates the held-out captions at 50 PNDM steps, float32; prints the attribute accuracy
+    and CLIP score and writes a sheet of the first 32 pictures."""
     scenes = held_out_scenes(count)
     pipeline = StableDiffusionPipeline.from_pretrained(DEMO_MODEL, torch_dtype=torch.float32)
     pipeline.to(device).set_progress_bar_config(disable=True)
@@ -36,13 +36,13 @@ def judge_model(count: int, sheet: Path, device: str) -> None:
         output = pipeline(
             batch,
             num_inference_steps=50,
-            guidance_scale=6.0,
+            guidance_scale=guidance_scale,
             generator=generators,
             output_type="np",
         )
         parts.append((output.images * 255 + 0.5).astype(np.uint8))
     generated = np.concatenate(parts)
-    _report("generated", Scorer.load(), generated, scenes)
+    _report(f"generated, guidance {guidance_scale:g}", Scorer.load(), generated, scenes)
     _write_sheet(generated[:32], sheet)
 
 
