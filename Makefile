@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := out/demo
+EVALUATE := out/evaluate
 # two workers of one thread each: more threads than cores wait for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo figures test test-all lint train-demo-model clean
+.PHONY: help setup demo figures evaluate test test-all lint train-demo-model clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -37,6 +38,13 @@ test-all: lint ## the same with the slow tests
 
 figures: setup ## measure and draw what README shows (docs/first_light.png and .md)
 	$(BIN)/python -m benchmarks.first_light
+
+evaluate: setup ## compare a 4 times smaller bundle with float32 (out/evaluate, docs/evaluation.json)
+	$(BIN)/cq-edge build -o $(EVALUATE)/bundle --compression 4.1 --force
+	$(BIN)/cq-edge build -o $(EVALUATE)/float32 --quantization none --force
+	$(BIN)/cq-edge evaluate $(EVALUATE)/bundle --reference $(EVALUATE)/float32 --threads 1 \
+		--json docs/evaluation.json --html $(EVALUATE)/report.html --force
+	$(BIN)/python -m benchmarks.plan_ranking $(EVALUATE)/bundle --threads 1
 
 train-demo-model: setup ## train, package and judge the demo model (hours on a CPU)
 	$(BIN)/python -m tools.train_demo_model

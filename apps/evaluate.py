@@ -27,6 +27,7 @@ from cq_edge.reuse_table import ReuseTable
 from cq_edge.scenes import Scene, scenes
 from runtime.bundle import Bundle, open_bundle
 from runtime.draw import Method, draw
+from runtime.engine import Engine
 from runtime.measure import measure_graphs
 
 if TYPE_CHECKING:
@@ -113,9 +114,11 @@ def run(args: argparse.Namespace) -> int:
         from cq_edge.model.scorer import DEMO_SCORER, Scorer
 
         scorer = Scorer.load(args.scorer or DEMO_SCORER)
-    reference = _side(args.reference, args.threads)
-    ours = _side(args.bundle, args.threads)
-    _require_same_model(reference.bundle, ours.bundle)
+    bundles = [open_bundle(folder) for folder in (args.reference, args.bundle)]
+    _require_same_model(*bundles)
+    # both before either loads a graph: graphs keep the thread pool they were loaded with
+    engines = [engine_for(bundle, args.threads) for bundle in bundles]
+    reference, ours = (_side(b, engine) for b, engine in zip(bundles, engines, strict=True))
     captions, world = _captions(args)
     variants = _variants(reference, ours, args.speedup)
     _draw_all(variants, captions)
@@ -132,10 +135,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _side(folder: Path, threads: int | None) -> Side:
-    bundle = open_bundle(folder)
+def _side(bundle: Bundle, engine: Engine) -> Side:
     defaults = bundle.manifest.defaults
-    engine = engine_for(bundle, threads)
 
     def make(steps: int, schedule: CacheSchedule, table: ReuseTable | None) -> Method:
         return Method(bundle, engine, steps, schedule, table)
