@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from exporters.parity import ParityReport
 
 GRAPHS_FILE = "graphs.pte"
-# least parity in dB: float32 graphs differ by rounding alone, int8 ones by their quantisation
+# least parity in dB: float32 graphs differ by rounding alone, the others by their quantisation
 _FLOORS_DB = {"none": 60.0, "int8": 20.0}
+_FOUR_BITS_FLOOR_DB = 15.0
 # where attribute accuracy is best (docs/demo_model.md), and Stable Diffusion's own
 _DEMO_GUIDANCE, _USUAL_GUIDANCE = 3.5, 7.5
 _UNET_GRAPHS = ("denoise", "denoise_shallow")
@@ -145,7 +146,10 @@ def run(args: argparse.Namespace) -> int:
         with tqdm(total=2 * total * len(prompts), desc="calibrate", unit="step") as progress:
             calibration = _calibrate(pipeline, config, specs, folder, progress.update)
         inputs = parity_inputs(pipeline, config, calibration)
-        results = _check(optimized, specs, exported, inputs, args.quantization, folder)
+        floor_db = _FLOORS_DB[args.quantization]
+        if args.compression is not None:
+            floor_db = _FOUR_BITS_FLOOR_DB
+        results = _check(optimized, specs, exported, inputs, floor_db, folder)
         calibration.table.save(folder / _table_file(defaults))
         write_vocabulary(pipeline.tokenizer, folder / "tokenizer")
         name = "cq-edge demo model" if args.model is None else Path(args.model).name
@@ -256,7 +260,7 @@ def _check(
     specs: "Mapping[str, GraphSpec]",
     exported: "Mapping[str, OperatorReport]",
     inputs: "Mapping[str, list[dict[str, NDArray[Any]]]]",
-    quantization: str,
+    unet_floor_db: float,
     folder: Path,
 ) -> dict[str, _GraphResult]:
     """Runs every exported graph against its float module and returns what came of each.
@@ -278,7 +282,7 @@ def _check(
                 module_graph(optimized.reference[name], spec),
                 load_graph(path, spec),
                 inputs[name],
-                _FLOORS_DB[quantization if name in _UNET_GRAPHS else "none"],
+                unet_floor_db if name in _UNET_GRAPHS else _FLOORS_DB["none"],
             )
             results[name] = _GraphResult(spec, sizes[name], parity, exported[name])
     return results
