@@ -81,12 +81,11 @@ class ExecuTorchEngine:
         except RuntimeError as error:
             raise BundleError(f"{entry.file}: {entry.method!r} failed: {error}") from error
         outputs = [tensor.numpy() for tensor in results]
-        found = [_describe(array) for array in outputs]
-        expected = [_describe_spec(spec) for spec in entry.outputs]
-        if found != expected:
+        if len(outputs) != len(entry.outputs) or not all(map(_fits, outputs, entry.outputs)):
+            found = ", ".join(_describe(array) for array in outputs)
+            expected = ", ".join(_describe_spec(spec) for spec in entry.outputs)
             raise BundleError(
-                f"{entry.file}: {entry.method!r} gave {', '.join(found)}, but the manifest says "
-                f"{', '.join(expected)}"
+                f"{entry.file}: {entry.method!r} gave {found}, but the manifest says {expected}"
             )
         return {spec.name: array for spec, array in zip(entry.outputs, outputs, strict=True)}
 
@@ -126,15 +125,18 @@ def _without_chatter() -> redirect_stderr[io.StringIO]:
 
 
 def _check_inputs(graph: str, entry: GraphEntry, inputs: Mapping[str, NDArray[Any]]) -> None:
-    names = [spec.name for spec in entry.inputs]
-    if set(inputs) != set(names):
-        raise UsageError(
-            f"graph {graph!r} takes {', '.join(names)}; it was given {', '.join(inputs)}"
-        )
+    if inputs.keys() != {spec.name for spec in entry.inputs}:
+        names = ", ".join(spec.name for spec in entry.inputs)
+        raise UsageError(f"graph {graph!r} takes {names}; it was given {', '.join(inputs)}")
     for spec in entry.inputs:
-        found, expected = _describe(inputs[spec.name]), _describe_spec(spec)
-        if found != expected:
+        array = inputs[spec.name]
+        if not _fits(array, spec):
+            found, expected = _describe(array), _describe_spec(spec)
             raise UsageError(f"graph {graph!r} takes {spec.name} as {expected}, not {found}")
+
+
+def _fits(array: NDArray[Any], spec: TensorSpec) -> bool:
+    return array.shape == spec.shape and array.dtype == spec.dtype
 
 
 def _describe(array: NDArray[Any]) -> str:
