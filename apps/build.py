@@ -41,9 +41,10 @@ if TYPE_CHECKING:
     from exporters.parity import ParityReport
 
 GRAPHS_FILE = "graphs.pte"
-# least parity in dB: float32 graphs differ by rounding alone, the others by their quantisation
-_FLOORS_DB = {"none": 60.0, "int8": 20.0}
-_FOUR_BITS_FLOOR_DB = 15.0
+# least parity in dB: float32 graphs differ by rounding alone, int8 ones by their quantisation,
+# which at the last timesteps is as large as much of the little noise there is left to predict
+# (44 dB at timestep 900 and 11 at 1, demo model); miscompiled graphs have some 3 dB
+_FLOORS_DB = {"none": 60.0, "int8": 10.0}
 # where attribute accuracy is best (docs/demo_model.md), and Stable Diffusion's own
 _DEMO_GUIDANCE, _USUAL_GUIDANCE = 3.5, 7.5
 _UNET_GRAPHS = ("denoise", "denoise_shallow")
@@ -146,10 +147,7 @@ def run(args: argparse.Namespace) -> int:
         with tqdm(total=2 * total * len(prompts), desc="calibrate", unit="step") as progress:
             calibration = _calibrate(pipeline, config, specs, folder, progress.update)
         inputs = parity_inputs(pipeline, config, calibration)
-        floor_db = _FLOORS_DB[args.quantization]
-        if args.compression is not None:
-            floor_db = _FOUR_BITS_FLOOR_DB
-        results = _check(optimized, specs, exported, inputs, floor_db, folder)
+        results = _check(optimized, specs, exported, inputs, args.quantization, folder)
         calibration.table.save(folder / _table_file(defaults))
         write_vocabulary(pipeline.tokenizer, folder / "tokenizer")
         name = "cq-edge demo model" if args.model is None else Path(args.model).name
@@ -260,7 +258,7 @@ def _check(
     specs: "Mapping[str, GraphSpec]",
     exported: "Mapping[str, OperatorReport]",
     inputs: "Mapping[str, list[dict[str, NDArray[Any]]]]",
-    unet_floor_db: float,
+    quantization: str,
     folder: Path,
 ) -> dict[str, _GraphResult]:
     """Runs every exported graph against its float module and returns what came of each.
@@ -282,7 +280,7 @@ def _check(
                 module_graph(optimized.reference[name], spec),
                 load_graph(path, spec),
                 inputs[name],
-                unet_floor_db if name in _UNET_GRAPHS else _FLOORS_DB["none"],
+                _FLOORS_DB[quantization if name in _UNET_GRAPHS else "none"],
             )
             results[name] = _GraphResult(spec, sizes[name], parity, exported[name])
     return results
