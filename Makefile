@@ -43,7 +43,7 @@ evaluate: setup ## compare a 4 times smaller bundle with float32 (out/evaluate, 
 	$(BIN)/cq-edge build -o $(EVALUATE)/bundle --compression 4.1 --force
 	$(BIN)/cq-edge build -o $(EVALUATE)/float32 --quantization none --force
 	$(BIN)/cq-edge evaluate $(EVALUATE)/bundle --reference $(EVALUATE)/float32 --threads 1 \
-		--json docs/evaluation.json --html $(EVALUATE)/report.html --force
+		--frontier-captions 24 --json docs/evaluation.json --html $(EVALUATE)/report.html --force
 	$(BIN)/python -m benchmarks.plan_ranking $(EVALUATE)/bundle --threads 1
 
 train-demo-model: setup ## train, package and judge the demo model (hours on a CPU)

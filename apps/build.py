@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
 from apps.replacing import check_replaceable, written_beside
 from cq_edge import __version__
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 
 GRAPHS_FILE = "graphs.pte"
 # least parity in dB: float32 graphs differ by rounding alone, int8 ones by their quantisation,
-# which at the last timesteps is as large as much of the little noise there is left to predict
-# (44 dB at timestep 900 and 11 at 1, demo model); miscompiled graphs have some 3 dB
+# which at the last timesteps is as large as much of the little noise there is left to predict;
+# miscompiled graphs have some 3 dB
 _FLOORS_DB = {"none": 60.0, "int8": 10.0}
 # where attribute accuracy is best (docs/demo_model.md), and Stable Diffusion's own
 _DEMO_GUIDANCE, _USUAL_GUIDANCE = 3.5, 7.5
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     check_replaceable(args.output, force=args.force)
     if args.max_gap < 1:
         raise UsageError(f"--max-gap is {args.max_gap}: a shallow step needs 1 or more")
-    prompts = None if args.prompts is None else _read_prompts(args.prompts)
+    prompts = None if args.prompts is None else read_prompts(args.prompts)
     # the torch side takes seconds to import: only once the arguments are known to be good
     with quiet_toolchains():
         from cq_edge.model.load import load_pipeline
@@ -157,17 +158,6 @@ def run(args: argparse.Namespace) -> int:
         write_manifest(folder, manifest)
     _report(args, _summary(args.output, results, compression, perf_counter() - start), results)
     return 0
-
-
-def _read_prompts(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {path} cannot be read: {error}") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise UsageError(f"--prompts {path} holds no prompt: write one a line")
-    return prompts
 
 
 def _full_steps(asked: int | None, total: int, max_gap: int) -> int:

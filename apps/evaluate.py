@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from apps.engines import engine_for
 from apps.pictures import check_writable
+from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
 from cq_edge.cache_schedule import CacheSchedule, plan_full_steps
 from cq_edge.errors import UsageError
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     captions, world = _captions(args)
     variants = _variants(reference, ours, args.speedup)
     _draw_all(variants, captions)
-    rows = [_row(v, variants[0], captions, world, scorer) for v in variants]
+    rows = _rows(variants, captions, world, scorer)
     frontier = _frontier(reference, ours, captions[: args.frontier_captions], scorer)
     report = {"variants": rows, "frontier": frontier, "conditions": _conditions(args, ours)}
     _print(rows)
@@ -164,11 +165,7 @@ def _captions(args: argparse.Namespace) -> tuple[list[str], list[Scene] | None]:
     if args.prompts is None:
         world = list(islice(scenes(_SCENES_SEED, held_out=True), args.captions))
         return [scene.caption() for scene in world], world
-    try:
-        lines = args.prompts.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {args.prompts} cannot be read: {error}") from error
-    captions = [line.strip() for line in lines if line.strip()][: args.captions]
+    captions = list(read_prompts(args.prompts)[: args.captions])
     if len(captions) < 2:
         raise UsageError(f"--prompts {args.prompts} holds {len(captions)} prompts: give 2 or more")
     return captions, None
@@ -234,16 +231,29 @@ def _draw_all(variants: Sequence[Variant], captions: Sequence[str]) -> None:
             variant.total_ms.append(drawn.total_ms)
 
 
+def _rows(
+    variants: Sequence[Variant],
+    captions: Sequence[str],
+    world: Sequence[Scene] | None,
+    scorer: "Scorer",
+) -> list[dict[str, Any]]:
+    """Returns a row per variant; the first is what all are compared with."""
+    reference = variants[0]
+    expected = scorer.clip_scores(np.stack(reference.pictures), captions)
+    return [_row(v, reference, expected, captions, world, scorer) for v in variants]
+
+
 def _row(
     variant: Variant,
     reference: Variant,
+    reference_scores: NDArray[np.float64],
     captions: Sequence[str],
     world: Sequence[Scene] | None,
     scorer: "Scorer",
 ) -> dict[str, Any]:
     pictures = np.stack(variant.pictures)
     scores = scorer.clip_scores(pictures, captions)
-    deltas = scores - scorer.clip_scores(np.stack(reference.pictures), captions)
+    deltas = scores - reference_scores
     pairs = list(zip(reference.pictures, variant.pictures, strict=True))
     # an equal picture has no finite PSNR: it counts as one level off in a single value
     highest = 10 * np.log10(255.0**2 * pictures[0].size)
@@ -289,7 +299,7 @@ def _frontier(
             Variant("fewer steps", _fewer_steps(ours, whole / speedup)),
         ]
     _draw_all([base, *points], captions)
-    return [_row(point, base, captions, None, scorer) for point in points]
+    return _rows([base, *points], captions, None, scorer)[1:]
 
 
 def _conditions(args: argparse.Namespace, side: Side) -> dict[str, Any]:
