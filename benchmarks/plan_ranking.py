@@ -18,13 +18,11 @@ from tqdm import tqdm
 from apps.engines import engine_for
 from cq_edge.cache_schedule import CacheSchedule, total_error
 from cq_edge.metrics import spearman_rho
-from cq_edge.noise_scheduler import make_noise_scheduler
 from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
-from runtime.denoise import Guidance, denoise
+from runtime.draw import Method, draw
 from runtime.engine import Engine
-from runtime.generate import encode_prompt, initial_latents
 
 _SCENES_SEED = 40_000_001
 
@@ -78,30 +76,13 @@ def _measure(
     captions: list[str],
 ) -> NDArray[np.float64]:
     """Returns each plan's mean squared error of the final latents, over the captions."""
-    manifest, tokenizer = bundle.manifest, bundle.tokenizer()
-    defaults, size = manifest.defaults, manifest.latents
-    noise_scheduler = make_noise_scheduler(
-        defaults.noise_scheduler, defaults.steps, manifest.noise_schedule
-    )
-    errors = np.zeros(len(plans))
-    empty = encode_prompt(engine, tokenizer, "")[0]
-    for seed, caption in enumerate(tqdm(captions, desc="captions")):
-        prompt = encode_prompt(engine, tokenizer, caption)[0]
-        guidance = Guidance(prompt, empty, defaults.guidance_scale)
-        shape = (size.channels, size.height, size.width)
-        start = initial_latents(shape, 1_000 + seed, noise_scheduler.init_noise_sigma)
-
-        def final(
-            plan: CacheSchedule,
-            start: NDArray[np.float32] = start,
-            guidance: Guidance = guidance,
-        ) -> NDArray[np.float32]:
-            *_, last = denoise(engine, noise_scheduler, plan, start, guidance, table)
-            return last.latents
-
-        expected = final(CacheSchedule.all_full(len(table.timesteps)))
+    steps, errors = table.steps, np.zeros(len(plans))
+    full = Method(bundle, engine, steps, CacheSchedule.all_full(len(table.timesteps)), None)
+    for seed, caption in enumerate(tqdm(captions, desc="captions"), start=1_000):
+        expected = draw(full, caption, seed).latents
         for index, plan in enumerate(tqdm(plans, desc="plans", leave=False)):
-            errors[index] += float(np.square(final(plan) - expected).mean()) / len(captions)
+            found = draw(Method(bundle, engine, steps, plan, table), caption, seed).latents
+            errors[index] += float(np.square(found - expected).mean()) / len(captions)
     return errors
 
 

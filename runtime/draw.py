@@ -36,8 +36,10 @@ class Method:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """A (H, W, 3) uint8 picture, the milliseconds of its loop and of everything."""
+    """A (H, W, 3) uint8 picture of (1, 4, h, w) latents, the milliseconds of its loop and of
+    everything."""
 
+    latents: NDArray[np.float32]
     picture: NDArray[np.uint8]
     loop_ms: float
     total_ms: float
@@ -62,4 +64,4 @@ def draw(method: Method, prompt: str, seed: int) -> Drawn:
     ):
         loop_ms, latents = loop_ms + record.elapsed_ms, record.latents
     picture = decode_latents(engine, latents)
-    return Drawn(picture, loop_ms, (perf_counter() - start) * 1e3)
+    return Drawn(latents, picture, loop_ms, (perf_counter() - start) * 1e3)
