@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     # the torch side takes seconds to import: only once the arguments are known to be good
     with quiet_toolchains():
         from cq_edge.model.load import load_pipeline
-        from cq_edge.model.optimize import OptimizeConfig, parity_inputs
+        from cq_edge.model.optimize import OptimizeConfig, calibration_steps, parity_inputs
         from cq_edge.model.prompts import WORLD_PROMPTS, scene_prompts
         from cq_edge.model.vocabulary import write_vocabulary
 
@@ -145,8 +145,9 @@ def run(args: argparse.Namespace) -> int:
     with written_beside(args.output) as folder:
         specs = _specs(optimized, pipeline)
         exported = _export(optimized, specs, folder)
-        with tqdm(total=2 * total * len(prompts), desc="calibrate", unit="step") as progress:
-            calibration = _calibrate(pipeline, config, specs, folder, progress.update)
+        runs = calibration_steps(len(prompts), total)
+        with tqdm(total=runs, desc="calibrate", unit="step") as progress:
+            calibration = _calibrate(pipeline, config, optimized, specs, folder, progress.update)
         inputs = parity_inputs(pipeline, config, calibration)
         results = _check(optimized, specs, exported, inputs, args.quantization, folder)
         calibration.table.save(folder / _table_file(defaults))
@@ -228,6 +229,7 @@ def _export(
 def _calibrate(
     pipeline: "StableDiffusionPipeline",
     config: "OptimizeConfig",
+    optimized: "Optimized",
     specs: "Mapping[str, GraphSpec]",
     folder: Path,
     on_step: Callable[[], object],
@@ -240,7 +242,8 @@ def _calibrate(
         tensor_function(load_graph(folder / GRAPHS_FILE, specs[name]), specs[name])
         for name in _UNET_GRAPHS
     )
-    return calibrate(pipeline, config, full, shallow, on_step)
+    reference = optimized.reference["denoise"]
+    return calibrate(pipeline, config, reference, full, shallow, on_step)
 
 
 def _check(

@@ -4,7 +4,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -18,13 +18,13 @@ from apps.engines import engine_for
 from apps.pictures import check_writable
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
-from cq_edge.cache_schedule import CacheSchedule, plan_full_steps
+from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import UsageError
 from cq_edge.latency import DeviceProfile
 from cq_edge.metrics import mean_interval, psnr_db, ssim
 from cq_edge.noise_scheduler import make_noise_scheduler
 from cq_edge.planner import plan_frontier
-from cq_edge.reuse_table import ReuseTable
+from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 from cq_edge.scenes import Scene, scenes
 from runtime.bundle import Bundle, open_bundle
 from runtime.draw import Method, draw
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cq_edge.model.scorer import Scorer
 
 _SCENES_SEED = 30_000_001
+_BEST_AT_FEW_STEPS = "dpmsolver++"
 _FRONTIER_SPEEDUPS = (2.0, 3.0, 4.0, 5.18, 6.0, 8.0)
 
 _DESCRIPTION = """\
@@ -172,29 +173,34 @@ def _captions(args: argparse.Namespace) -> tuple[list[str], list[Scene] | None]:
 
 
 def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
-    """Returns every way in the order of the table; the first is what all are compared with."""
+    """Returns every way in the order of the table; the first is what all are compared with.
+
+    All but the first two are planned for the same time of the loop.
+    """
     steps, table = ours.table.steps, ours.table
     budget_ms = reference.loop_ms(reference.full) / speedup
     plan = _planned(ours, budget_ms)
-    count = plan.counts["full"]
-    papers = plan_full_steps(table.errors("feature_l1"), count)
-    cached = plan_full_steps(reference.table.errors(), count)
+    paper = _planned(ours, budget_ms, "feature_l1")
     bare = table.without_corrections()
     return [
         Variant("float32", reference.make(steps, reference.full, None)),
         Variant("quantised only", ours.make(steps, ours.full, None)),
-        Variant("cached only", reference.make(steps, cached, reference.table)),
-        Variant("naive", ours.make(steps, papers, bare)),
+        Variant("cached only", reference.make(steps, plan, reference.table)),
+        Variant("naive", ours.make(steps, paper, bare)),
+        Variant("naive, corrected", ours.make(steps, paper, table)),
         Variant("ours without correction", ours.make(steps, plan, bare)),
         Variant("ours", ours.make(steps, plan, table)),
         Variant("uniform cache", _uniform(ours, budget_ms)),
-        Variant("fewer steps", _fewer_steps(ours, budget_ms)),
+        *(
+            Variant(f"fewer steps, {name}", _fewer_steps(ours, budget_ms, name))
+            for name in _few_steps_by(ours)
+        ),
     ]
 
 
-def _planned(side: Side, budget_ms: float) -> CacheSchedule:
+def _planned(side: Side, budget_ms: float, objective: str = OBJECTIVES[0]) -> CacheSchedule:
     """Returns the plan of least error whose loop keeps a budget, or the fastest."""
-    frontier = plan_frontier(side.table.errors(), side.profile, 2)
+    frontier = plan_frontier(side.table.reuse_errors(objective), side.profile, 2)
     fits = [plan for plan in frontier if side.loop_ms(plan.schedule) <= budget_ms]
     return (fits[-1] if fits else frontier[0]).schedule
 
@@ -208,18 +214,23 @@ def _uniform(side: Side, budget_ms: float) -> Method:
     return side.make(side.table.steps, schedule, side.table.without_corrections())
 
 
-def _fewer_steps(side: Side, budget_ms: float) -> Method:
+def _few_steps_by(side: Side) -> tuple[str, ...]:
+    """Returns the noise schedulers to spend a budget on full steps with: the bundle's, and the
+    one that is best at few steps."""
+    return tuple(dict.fromkeys([side.table.noise_scheduler, _BEST_AT_FEW_STEPS]))
+
+
+def _fewer_steps(side: Side, budget_ms: float, name: str) -> Method:
     """Returns full steps alone, as many as keep a budget."""
     manifest = side.bundle.manifest
 
     def schedule(steps: int) -> CacheSchedule:
-        name = manifest.defaults.noise_scheduler
         made = make_noise_scheduler(name, steps, manifest.noise_schedule)
         return CacheSchedule.all_full(len(made.timesteps))
 
     counts = range(side.table.steps, 1, -1)
     steps = next((n for n in counts if side.loop_ms(schedule(n)) <= budget_ms), 1)
-    return side.make(steps, schedule(steps), None)
+    return replace(side.make(steps, schedule(steps), None), noise_scheduler=name)
 
 
 def _draw_all(variants: Sequence[Variant], captions: Sequence[str]) -> None:
@@ -270,9 +281,12 @@ def _row(
         "psnr_db": float(np.mean([min(psnr_db(a, b), highest) for a, b in pairs])),
         "ssim": float(np.mean([ssim(a, b) for a, b in pairs])),
         "plan": {
+            "noise_scheduler": variant.method.noise_scheduler
+            or variant.method.bundle.manifest.defaults.noise_scheduler,
             "steps": variant.method.steps,
             "modes": variant.method.schedule.to_string(),
             **variant.method.schedule.counts,
+            "unguided": variant.method.schedule.unguided,
         },
     }
 
@@ -293,10 +307,15 @@ def _frontier(
     points = []
     for speedup in _FRONTIER_SPEEDUPS:
         plan = _planned(ours, whole / speedup)
+        paper = _planned(ours, whole / speedup, "feature_l1")
         points += [
             Variant("ours", ours.make(ours.table.steps, plan, ours.table)),
+            Variant("full and shallow, feature_l1", ours.make(ours.table.steps, paper, ours.table)),
             Variant("uniform cache", _uniform(ours, whole / speedup)),
-            Variant("fewer steps", _fewer_steps(ours, whole / speedup)),
+            *(
+                Variant(f"fewer steps, {name}", _fewer_steps(ours, whole / speedup, name))
+                for name in _few_steps_by(ours)
+            ),
         ]
     _draw_all([base, *points], captions)
     return _rows([base, *points], captions, None, scorer)[1:]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from apps.engines import engine_for
 from apps.pictures import check_writable, output_paths, side_by_side, write_png
 from apps.plan_option import PLAN_HELP, choose_schedule
-from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import BundleError, UsageError
 from cq_edge.noise_scheduler import NAMES, NoiseScheduler, make_noise_scheduler
 from cq_edge.planner import best_within_ms, plan_frontier
@@ -160,7 +160,8 @@ def _recipe(bundle: Bundle, args: argparse.Namespace) -> _Recipe:
     if plan is None:
         plan = f"full-steps:{max(1, round(defaults.full_steps * steps / defaults.steps))}"
     schedule = choose_schedule(plan, len(noise_scheduler.timesteps), reuse_table)
-    table = reuse_table() if Mode.SHALLOW in schedule.modes else None
+    shallow = any(mode.is_shallow for mode in schedule.modes)
+    table = reuse_table() if shallow else None
     return _Recipe(noise_scheduler, schedule, table, scale, args.negative_prompt)
 
 
@@ -173,7 +174,7 @@ def _within_budget(
         raise UsageError("--budget-ms needs a reuse table to plan with")
     profile = measure_graphs(engine, bundle)
     branches = 1 if recipe.guidance_scale == 1 else 2
-    frontier = plan_frontier(recipe.reuse_table.errors(), profile, branches)
+    frontier = plan_frontier(recipe.reuse_table.reuse_errors(), profile, branches)
     spent_ms = (perf_counter() - start) * 1e3
     try:
         plan = best_within_ms(frontier, budget_ms - spent_ms / pictures)
@@ -303,7 +304,9 @@ def _report(
     beside = [str(job.beside_path) for job in jobs if job.beside_path is not None]
     if not args.json:
         plan = ", ".join(f"{count} {mode}" for mode, count in counts.items() if count)
-        print(f"plan: {plan} ({recipe.cache_schedule.to_string()})")
+        unguided = recipe.cache_schedule.unguided
+        without = f", {unguided} of them unguided" if unguided else ""
+        print(f"plan: {plan}{without} ({recipe.cache_schedule.to_string()})")
         for job, each in zip(jobs, done, strict=True):
             print(f"{job.path}  seed {job.seed}, denoised in {each.denoise_ms:.0f} ms")
         if beside:
@@ -317,6 +320,7 @@ def _report(
         "images": [str(job.path) for job in jobs],
         "seed": args.seed,
         "plan": counts,
+        "unguided": recipe.cache_schedule.unguided,
         "steps": recipe.noise_scheduler.steps,
         "denoise_ms": round(ours_ms, 3),
         "total_ms": round(total_ms, 3),

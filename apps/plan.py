@@ -6,10 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apps.engines import engine_for
-from cq_edge.errors import UsageError
+from cq_edge.frontier import ReuseErrors
 from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NAMES
-from cq_edge.planner import Plan, best_at_speedup, best_within_ms, plan_frontier
+from cq_edge.planner import (
+    Plan,
+    best_at_speedup,
+    best_within_ms,
+    plan_frontier,
+    plan_with_full_steps,
+)
 from cq_edge.reuse_table import OBJECTIVES
 from runtime.bundle import Bundle, open_bundle
 from runtime.measure import measure_graphs
@@ -17,9 +23,10 @@ from runtime.measure import measure_graphs
 _ROWS = 12  # of the frontier that the screen shows
 
 _DESCRIPTION = """\
-Chooses which steps of a bundle run the full graph: the plan of least predicted error within a
-budget, exactly. Planning needs no export and no calibration, only the bundle and how long its
-graphs take on the device, which is measured here unless a device profile is given."""
+Chooses which steps of a bundle run the full graph, the shallow graph, or none, and which go
+without the negative prompt: the plan of least predicted error within a budget, exactly.
+Planning needs no export and no calibration, only the bundle and how long its graphs take on the
+device, which is measured here unless a device profile is given."""
 
 _EXAMPLES = """\
 examples:
@@ -66,8 +73,9 @@ def run(args: argparse.Namespace) -> int:
     )
     profile = _profile(args, bundle)
     branches = 1 if table.guidance_scale == 1 else 2
-    frontier = plan_frontier(table.errors(args.objective), profile, branches)
-    plan = _choose(args, frontier)
+    errors = table.reuse_errors(args.objective)
+    frontier = plan_frontier(errors, profile, branches)
+    plan = _choose(args, errors, frontier, profile, branches)
     if args.json:
         print(json.dumps(_as_json(args, plan, frontier, profile)))
     else:
@@ -87,18 +95,18 @@ def _profile(args: argparse.Namespace, bundle: Bundle) -> DeviceProfile:
     return profile
 
 
-def _choose(args: argparse.Namespace, frontier: Sequence[Plan]) -> Plan:
+def _choose(
+    args: argparse.Namespace,
+    errors: ReuseErrors,
+    frontier: Sequence[Plan],
+    profile: DeviceProfile,
+    branches: int,
+) -> Plan:
     if args.budget_ms is not None:
         return best_within_ms(frontier, args.budget_ms)
     if args.speedup is not None:
         return best_at_speedup(frontier, args.speedup)
-    counts = {_full_steps(plan): plan for plan in frontier}
-    if args.full_steps not in counts:
-        raise UsageError(
-            f"--full-steps is {args.full_steps}: this bundle can be planned with "
-            f"{min(counts)} to {max(counts)}"
-        )
-    return counts[args.full_steps]
+    return plan_with_full_steps(errors, args.full_steps, profile, branches)
 
 
 def _as_json(
@@ -108,10 +116,11 @@ def _as_json(
         "bundle": str(args.bundle),
         "modes": plan.schedule.to_string(),
         "plan": plan.schedule.counts,
+        "unguided": plan.schedule.unguided,
         "objective": args.objective,
         "graphs_ms": dict(profile.graphs_ms),
         **_figures(plan),
-        "frontier": [{"full": _full_steps(p), **_figures(p)} for p in frontier],
+        "frontier": [{"modes": p.schedule.to_string(), **_figures(p)} for p in frontier],
     }
 
 
@@ -126,12 +135,13 @@ def _figures(plan: Plan) -> dict[str, float]:
 def _print(plan: Plan, frontier: Sequence[Plan], profile: DeviceProfile) -> None:
     times = ", ".join(f"{graph} {taken:.1f}" for graph, taken in profile.graphs_ms.items())
     print(f"ms per run: {times}\n")
-    print("full steps   speed-up of the loop   picture, ms   predicted error")
+    print("speed-up of the loop   picture, ms   predicted error   full  shallow  skip  unguided")
     for row in _shown(plan, frontier):
-        mark = "  <- chosen" if row is plan else ""
+        counts = row.schedule.counts
         print(
-            f"{_full_steps(row):10} {row.speedup:22.2f} {row.picture_ms:13.0f} "
-            f"{row.error:17.4g}{mark}"
+            f"{row.speedup:20.2f} {row.picture_ms:13.0f} {row.error:17.4g} {counts['full']:6} "
+            f"{counts['shallow']:8} {counts['skip']:5} {row.schedule.unguided:9}"
+            f"{'  <- chosen' if row is plan else ''}"
         )
     print(f"\n--plan {plan.schedule.to_string()}")
 
@@ -139,8 +149,5 @@ def _print(plan: Plan, frontier: Sequence[Plan], profile: DeviceProfile) -> None
 def _shown(plan: Plan, frontier: Sequence[Plan]) -> list[Plan]:
     """Returns some plans of the frontier, evenly spread, the chosen one among them."""
     stride = -(-len(frontier) // _ROWS)
-    return [p for i, p in enumerate(frontier) if i % stride == 0 or p is plan]
-
-
-def _full_steps(plan: Plan) -> int:
-    return plan.schedule.counts["full"]
+    others = [p for p in frontier[::stride] if p is not plan]
+    return sorted([*others, plan], key=lambda p: p.picture_ms)

@@ -5,13 +5,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from cq_edge.cache_schedule import CacheSchedule, plan_full_steps
+from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import UsageError
+from cq_edge.planner import best_with_full_steps
 from cq_edge.reuse_table import ReuseTable
 
 PLAN_HELP = (
-    "full; uniform:N (a full step every N); full-steps:N (the N best places for full steps, by "
-    "the reuse table); a mode per step, such as FSSFS (F full, S shallow, K skip); or a JSON file "
+    "full; uniform:N (a full step every N); full-steps:N (the best plan with N full steps, by "
+    "the reuse table); a mode per step, such as FSKfs (F full, S shallow, K skip, small letters "
+    "without the negative prompt); or a JSON file "
     'with such modes, {"modes": "FSSFS"}'
 )
 
@@ -37,8 +39,8 @@ def choose_schedule(
     if form == "uniform" and number.isdecimal():
         return CacheSchedule.uniform(total_steps, int(number))
     if form == "full-steps" and number.isdecimal():
-        return plan_full_steps(reuse_table().errors(), int(number))
-    if re.fullmatch("[FSK]+", plan):
+        return best_with_full_steps(reuse_table().reuse_errors(), int(number))
+    if re.fullmatch("[FSKfs]+", plan):
         return CacheSchedule.from_string(plan)
     if plan.endswith(".json"):
         return _from_file(Path(plan))

@@ -13,19 +13,41 @@ from cq_edge.errors import ScheduleError
 
 
 class Mode(StrEnum):
-    """What a step runs: the full graph, the shallow graph, or none."""
+    """What a step runs: the full graph, the shallow graph, or none.
+
+    An unguided step runs its graph for the prompt alone; what the negative prompt would change
+    is forecast from guided steps.
+    """
 
     FULL = "full"
     SHALLOW = "shallow"
     SKIP = "skip"
+    FULL_UNGUIDED = "full unguided"
+    SHALLOW_UNGUIDED = "shallow unguided"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the full graph runs, which makes the step an anchor."""
+        return self in {Mode.FULL, Mode.FULL_UNGUIDED}
+
+    @property
+    def is_shallow(self) -> bool:
+        """Whether the shallow graph runs."""
+        return self in {Mode.SHALLOW, Mode.SHALLOW_UNGUIDED}
+
+    @property
+    def is_unguided(self) -> bool:
+        """Whether a graph runs, but not for the negative prompt."""
+        return self in {Mode.FULL_UNGUIDED, Mode.SHALLOW_UNGUIDED}
 
 
-_LETTERS = {"F": Mode.FULL, "S": Mode.SHALLOW, "K": Mode.SKIP}
+_LETTERS = dict(zip("FSKfs", Mode, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSchedule:
-    """The mode of each of the T steps; step 0 is full."""
+    """The mode of each of the T steps; step 0 is full, and a shallow step that is guided reuses
+    an anchor that is guided too."""
 
     modes: tuple[Mode, ...]
 
@@ -40,6 +62,13 @@ class CacheSchedule:
             raise ScheduleError(
                 f"step 0 is {self.modes[0]}, but nothing was computed before it: make it full"
             )
+        for step, anchor in enumerate(self.anchors):
+            if self.modes[step] is Mode.SHALLOW and self.modes[anchor].is_unguided:
+                raise ScheduleError(
+                    f"step {step} is shallow and guided, but its anchor, step {anchor}, ran "
+                    f"without the negative prompt: make step {step} unguided or step {anchor} "
+                    "guided"
+                )
 
     def __len__(self) -> int:
         return len(self.modes)
@@ -49,23 +78,34 @@ class CacheSchedule:
         """For each step the last full step at or before it: (T,) step indices."""
         anchors, anchor = [], 0
         for step, mode in enumerate(self.modes):
-            anchor = step if mode is Mode.FULL else anchor
+            anchor = step if mode.is_full else anchor
             anchors.append(anchor)
         return tuple(anchors)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many steps run in each mode, by the mode's name."""
-        return {mode.value: self.modes.count(mode) for mode in Mode}
+        """How many steps are full, shallow and skip, guided or not."""
+        return {
+            "full": sum(mode.is_full for mode in self.modes),
+            "shallow": sum(mode.is_shallow for mode in self.modes),
+            "skip": self.modes.count(Mode.SKIP),
+        }
+
+    @property
+    def unguided(self) -> int:
+        """How many steps run a graph without the negative prompt."""
+        return sum(mode.is_unguided for mode in self.modes)
 
     @property
     def max_gap(self) -> int:
-        """The largest distance of a step to its anchor."""
-        return max(step - anchor for step, anchor in enumerate(self.anchors))
+        """The largest distance of a shallow step to its anchor; 0 if there is none."""
+        gaps = (step - anchor for step, anchor in enumerate(self.anchors))
+        shallow = (mode.is_shallow for mode in self.modes)
+        return max((gap for gap, used in zip(gaps, shallow, strict=True) if used), default=0)
 
     def segments(self) -> tuple[range, ...]:
         """Returns each anchor with the steps that follow it, in order."""
-        starts = [step for step, mode in enumerate(self.modes) if mode is Mode.FULL]
+        starts = [step for step, mode in enumerate(self.modes) if mode.is_full]
         ends = [*starts[1:], len(self.modes)]
         return tuple(range(start, end) for start, end in zip(starts, ends, strict=True))
 
@@ -87,7 +127,7 @@ class CacheSchedule:
 
     @classmethod
     def from_string(cls, text: str) -> Self:
-        """Returns the schedule of one letter a step: F full, S shallow, K skip.
+        """Returns the schedule of one letter a step: F full, S shallow, K skip; f and s unguided.
 
         Raises:
             ScheduleError: Another letter stands there, or the first is not F.
@@ -96,7 +136,7 @@ class CacheSchedule:
             if letter not in _LETTERS:
                 raise ScheduleError(
                     f'step {step} of "{text}" is "{letter}": '
-                    "use F for full, S for shallow and K for skip"
+                    "use F for full, S for shallow, K for skip, f and s for unguided ones"
                 )
         return cls(tuple(_LETTERS[letter] for letter in text))
 
@@ -173,9 +213,9 @@ def total_error(errors: NDArray[np.float64], schedule: CacheSchedule) -> float:
             f"the schedule has {len(schedule)} steps and the error table {step_count}: "
             "they must be equal"
         )
-    if Mode.SKIP in schedule.modes:
-        step = schedule.modes.index(Mode.SKIP)
-        raise ScheduleError(f"step {step} is skip: a reuse error is known for shallow steps only")
+    for step, mode in enumerate(schedule.modes):
+        if mode is Mode.SKIP or mode.is_unguided:
+            raise ScheduleError(f"step {step} is {mode}: a reuse error is known for shallow only")
     if schedule.max_gap >= columns:
         raise ScheduleError(
             f"the schedule has a gap of {schedule.max_gap} and the error table goes up to "

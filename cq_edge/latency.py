@@ -11,7 +11,6 @@ from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import OutputExistsError, UsageError
 
 _GRAPHS = ("encode", "denoise", "denoise_shallow", "decode")
-_GRAPH_OF = {Mode.FULL: "denoise", Mode.SHALLOW: "denoise_shallow"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +21,14 @@ class DeviceProfile:
         engine: The backend that was measured, e.g. "xnnpack".
         graphs_sha256: Digest of the file of graphs that was measured.
         graphs_ms: Median of a run, by graph: encode, denoise, denoise_shallow, decode.
+        step_ms: What a step takes beside its graphs: the noise scheduler's arithmetic.
         conditions: Where and how: machine, threads, runs.
     """
 
     engine: str
     graphs_sha256: str
     graphs_ms: Mapping[str, float]
+    step_ms: float = 0.0
     conditions: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -41,17 +42,31 @@ class DeviceProfile:
                     f"a device profile's time of graph {graph} is {taken} ms: "
                     "it must be above 0 and finite"
                 )
+        if not (math.isfinite(self.step_ms) and self.step_ms >= 0):
+            raise UsageError(
+                f"a device profile's step_ms is {self.step_ms}: it must be 0 or more and finite"
+            )
+
+    def mode_ms(self, mode: Mode, branches: int) -> float:
+        """Returns what a step of a mode takes.
+
+        Args:
+            mode: Of the step.
+            branches: Runs of a graph per guided step: 2 with guidance, 1 without.
+        """
+        if mode is Mode.SKIP:
+            return self.step_ms
+        graph = "denoise" if mode.is_full else "denoise_shallow"
+        return self.step_ms + (1 if mode.is_unguided else branches) * self.graphs_ms[graph]
 
     def loop_ms(self, schedule: CacheSchedule, branches: int) -> float:
         """Returns what the denoising loop takes.
 
         Args:
-            schedule: The mode of each step; a skip step takes no time.
-            branches: Runs of a graph per step: 2 with guidance, 1 without.
+            schedule: The mode of each step.
+            branches: Runs of a graph per guided step: 2 with guidance, 1 without.
         """
-        counts = schedule.counts
-        each = [counts[mode] * self.graphs_ms[graph] for mode, graph in _GRAPH_OF.items()]
-        return branches * sum(each)
+        return sum(self.mode_ms(mode, branches) for mode in schedule.modes)
 
     def picture_ms(self, schedule: CacheSchedule, branches: int) -> float:
         """Returns what a picture takes: prompts, denoising loop, decoding."""
@@ -85,6 +100,7 @@ class DeviceProfile:
             "engine": self.engine,
             "graphs_sha256": self.graphs_sha256,
             "graphs": {graph: {"p50_ms": taken} for graph, taken in self.graphs_ms.items()},
+            "step_ms": self.step_ms,
             "conditions": dict(self.conditions),
         }
         try:
@@ -109,6 +125,7 @@ class DeviceProfile:
                 engine=str(content["engine"]),
                 graphs_sha256=str(content["graphs_sha256"]),
                 graphs_ms={g: float(row["p50_ms"]) for g, row in content["graphs"].items()},
+                step_ms=float(content.get("step_ms", 0.0)),
                 conditions=dict(content.get("conditions", {})),
             )
         except KeyError as error:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Self, get_args, get_origin, get_type_hints
 from cq_edge.errors import BundleError, CQEdgeError, OutputExistsError
 from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 EXACT_PARITY_DB = 200.0
 """Stands for a graph that equals its float module bit for bit: JSON has no infinity."""
@@ -443,6 +443,11 @@ def _check_version(version: object, source: str) -> None:
         raise BundleError(
             f"{source} was written by a newer cq-edge (format_version {version}; this one reads "
             f"{FORMAT_VERSION}): upgrade cq-edge"
+        )
+    if version < FORMAT_VERSION:
+        raise BundleError(
+            f"{source} was written by an older cq-edge (format_version {version}; this one reads "
+            f"{FORMAT_VERSION}): build the bundle again"
         )
 
 

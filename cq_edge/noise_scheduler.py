@@ -164,6 +164,10 @@ class NoiseScheduler(Protocol):
         """(T,): what the denoiser is told at each step, noisiest first."""
 
     @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Sigma at each of the T timesteps."""
+
+    @property
     def init_noise_sigma(self) -> float:
         """What to multiply standard normal noise by to get the first latents."""
 
@@ -218,6 +222,7 @@ class _UnscaledInput:
     name: str
     steps: int
     timesteps: NDArray[np.float32]
+    sigmas: tuple[float, ...]
 
     @property
     def init_noise_sigma(self) -> float:
@@ -276,6 +281,7 @@ class _Euler:
     name: str
     steps: int
     timesteps: NDArray[np.float32]
+    sigmas: tuple[float, ...]
     init_noise_sigma: float
     input_factors: tuple[float, ...]
     moves: tuple[tuple[float, float], ...]
@@ -313,7 +319,8 @@ def _make_ddim(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
     timesteps = _spaced(steps, config).astype(int)
     jump = config.num_train_timesteps // steps
     moves = tuple(_move(t, t - jump, config) for t in timesteps)
-    return _Ddim("ddim", steps, timesteps.astype(np.float32), moves)
+    sigmas = _sigmas(timesteps, config)
+    return _Ddim("ddim", steps, timesteps.astype(np.float32), sigmas, moves)
 
 
 def _make_pndm(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
@@ -323,7 +330,8 @@ def _make_pndm(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
     starts = timesteps.copy()
     starts[1:2] += jump  # step 1 moves from where step 0 did
     moves = tuple(_move(t, t - jump, config) for t in starts)
-    return _Pndm("pndm", steps, timesteps.astype(np.float32), moves)
+    sigmas = _sigmas(timesteps, config)
+    return _Pndm("pndm", steps, timesteps.astype(np.float32), sigmas, moves)
 
 
 def _make_euler(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
@@ -340,7 +348,8 @@ def _make_euler(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
         )
     leading = config.timestep_spacing == "leading"
     start = math.hypot(sigmas[0], 1) if leading else sigmas[0]
-    return _Euler("euler", steps, timesteps.astype(np.float32), start, tuple(factors), moves)
+    rounded = timesteps.astype(np.float32)
+    return _Euler("euler", steps, rounded, sigmas, start, tuple(factors), moves)
 
 
 def _make_dpmsolver(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
@@ -359,7 +368,8 @@ def _make_dpmsolver(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
         add = -alphas[step + 1] * math.expm1(-h)
         slope = add * h / (2 * (lambdas[step] - lambdas[step - 1])) if step else 0.0
         moves.insert(0, (keep, add, slope))
-    return _DpmSolver("dpmsolver++", steps, timesteps.astype(np.float32), clean, tuple(moves))
+    rounded = timesteps.astype(np.float32)
+    return _DpmSolver("dpmsolver++", steps, rounded, sigmas, clean, tuple(moves))
 
 
 _MAKERS: dict[str, Callable[[int, NoiseScheduleConfig], NoiseScheduler]] = {
@@ -386,11 +396,11 @@ def _move(start: int, end: int, config: NoiseScheduleConfig) -> tuple[float, flo
     )
 
 
-def _sigmas(timesteps: NDArray[np.float64], config: NoiseScheduleConfig) -> list[float]:
+def _sigmas(timesteps: NDArray[Any], config: NoiseScheduleConfig) -> tuple[float, ...]:
     """Returns sigma at each timestep, straight lines between the training timesteps'."""
     alphas_bar = config.alphas_bar()
     trained = np.sqrt((1 - alphas_bar) / alphas_bar)
-    return [float(s) for s in np.interp(timesteps, np.arange(len(trained)), trained)]
+    return tuple(np.interp(timesteps, np.arange(len(trained)), trained).tolist())
 
 
 def _spaced(

@@ -1,13 +1,13 @@
 """The best plan for what a device can give: the frontier of error against time, and picks of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cq_edge.cache_schedule import CacheSchedule, plan_full_steps, total_error
+from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import UsageError
+from cq_edge.frontier import ReuseErrors, search_frontier
 from cq_edge.latency import DeviceProfile
 
 
@@ -25,29 +25,17 @@ class Plan:
     speedup: float
 
 
-def plan_frontier(
-    errors: NDArray[np.float64], profile: DeviceProfile, branches: int
-) -> tuple[Plan, ...]:
+def plan_frontier(errors: ReuseErrors, profile: DeviceProfile, branches: int) -> tuple[Plan, ...]:
     """Returns the plans that no other beats in both error and time, the fastest first.
 
-    Exact over the modes full and shallow, since a loop's time depends on how many steps are full
-    and not on which.
-
     Args:
-        errors: (T, G+1) reuse errors.
+        errors: Of every way of computing less.
         profile: Of the device.
-        branches: Runs of a graph per step: 2 with guidance, 1 without.
+        branches: Runs of a graph per guided step: 2 with guidance, 1 without.
     """
-    step_count, columns = errors.shape
-    full_ms = profile.loop_ms(CacheSchedule.all_full(step_count), branches)
-    plans: list[Plan] = []
-    for count in range(-(-step_count // columns), step_count + 1):
-        schedule = plan_full_steps(errors, count)
-        error, loop_ms = total_error(errors, schedule), profile.loop_ms(schedule, branches)
-        if not plans or error < plans[-1].error:
-            picture_ms = profile.picture_ms(schedule, branches)
-            plans.append(Plan(schedule, error, picture_ms, full_ms / loop_ms))
-    return tuple(plans)
+    mode_ms = {mode: profile.mode_ms(mode, branches) for mode in Mode}
+    found = search_frontier(errors, mode_ms)
+    return tuple(_priced(schedule, error, profile, branches) for schedule, error in found)
 
 
 def best_within_ms(frontier: Sequence[Plan], budget_ms: float) -> Plan:
@@ -78,3 +66,39 @@ def best_at_speedup(frontier: Sequence[Plan], speedup: float) -> Plan:
             f"the fastest is {frontier[0].speedup:.2f} times"
         )
     return fits[-1]
+
+
+def plan_with_full_steps(
+    errors: ReuseErrors, full_steps: int, profile: DeviceProfile, branches: int
+) -> Plan:
+    """Returns what `best_with_full_steps` does, with what it costs on a device."""
+    schedule = best_with_full_steps(errors, full_steps)
+    return _priced(schedule, errors.total(schedule), profile, branches)
+
+
+def best_with_full_steps(errors: ReuseErrors, full_steps: int) -> CacheSchedule:
+    """Returns the schedule of least error with so many full steps or fewer, none unguided.
+
+    Raises:
+        UsageError: What was measured does not reach that far; names the least number that does.
+    """
+    step_count = len(errors.shallow)
+    if not 1 <= full_steps <= step_count:
+        raise UsageError(f"{full_steps} full steps of {step_count}: ask for 1 to {step_count}")
+    guided = replace(errors, unguided=np.zeros((step_count, 1)))
+    cost = {mode: float(mode.is_full) for mode in Mode}
+    found = [schedule for schedule, _ in search_frontier(guided, cost)]
+    fits = [schedule for schedule in found if schedule.counts["full"] <= full_steps]
+    if not fits:
+        fewest = found[0].counts["full"]
+        raise UsageError(
+            f"{full_steps} full steps of {step_count} are too few for what was calibrated: ask for "
+            f"{fewest} or more, or calibrate with a larger max_gap"
+        )
+    return fits[-1]
+
+
+def _priced(schedule: CacheSchedule, error: float, profile: DeviceProfile, branches: int) -> Plan:
+    full_ms = profile.loop_ms(CacheSchedule.all_full(len(schedule)), branches)
+    speedup = full_ms / profile.loop_ms(schedule, branches)
+    return Plan(schedule, error, profile.picture_ms(schedule, branches), speedup)

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from cq_edge.correction import ChannelCorrection
 from cq_edge.errors import BundleError, CalibrationError, OutputExistsError, UsageError
+from cq_edge.frontier import ReuseErrors
 
 OBJECTIVES = ("noise_pred", "feature_l1")
 """What a plan may minimise the sum of; the first is the default."""
 
+_ERRORS = (*OBJECTIVES, "skip", "unguided")
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
@@ -35,11 +37,16 @@ class ReuseTable:
         steps: Sampler steps asked for (PNDM evaluates the denoiser once more).
         guidance_scale: Of the run that was measured.
         timesteps: (T,) float32, the noise scheduler's.
+        influence: (T,) float64, above 0: what a mean squared error of a step's guided noise
+            prediction adds to that of the final latents.
         noise_pred: (T, G+1) float64, 0 or more, 0 in column 0; G is the largest gap. The mean
-            squared error of the guided noise prediction with the corrected feature, times the
-            square of the step's influence: its share of the final latents' mean squared error.
+            squared error of the guided noise prediction with the corrected feature.
         feature_l1: (T, G+1) float64 likewise: the mean absolute difference of the cached
             features, which is the paper's objective.
+        skip: (T, R+1) float64 likewise: of the guided noise prediction of step i + g, forecast
+            from step i, the last that was computed.
+        unguided: (T, U+1) float64 likewise, where what the negative prompt changes is forecast
+            from step i, the last that computed it.
         gain: (T, G+1, C) float32 over the C channels of the cached feature.
         bias: (T, G+1, C) float32.
     """
@@ -48,8 +55,11 @@ class ReuseTable:
     steps: int
     guidance_scale: float
     timesteps: NDArray[np.float32]
+    influence: NDArray[np.float64]
     noise_pred: NDArray[np.float64]
     feature_l1: NDArray[np.float64]
+    skip: NDArray[np.float64]
+    unguided: NDArray[np.float64]
     gain: NDArray[np.float32]
     bias: NDArray[np.float32]
 
@@ -84,8 +94,24 @@ class ReuseTable:
         """
         if objective not in OBJECTIVES:
             raise UsageError(f"objective is {objective!r}: choose {' or '.join(OBJECTIVES)}")
-        errors: NDArray[np.float64] = getattr(self, objective)
-        return errors
+        if objective == OBJECTIVES[0]:
+            return self._influential(self.noise_pred)
+        return self.feature_l1
+
+    def reuse_errors(self, objective: str = OBJECTIVES[0]) -> ReuseErrors:
+        """Returns what a plan of all modes is to minimise the sum of.
+
+        The paper's objective knows neither skip nor unguided steps: it rules them out.
+
+        Raises:
+            UsageError: There is no such objective.
+        """
+        shallow = self.errors(objective)
+        if objective == OBJECTIVES[0]:
+            forecasts = (self._influential(self.skip), self._influential(self.unguided))
+            return ReuseErrors(shallow, *forecasts)
+        never = np.zeros((len(shallow), 1))
+        return ReuseErrors(shallow, never, never)
 
     def correction(self, anchor: int, step: int) -> ChannelCorrection:
         """Returns the correction of a step that reuses an anchor; the identity for its own.
@@ -143,19 +169,27 @@ class ReuseTable:
                 steps=_scalar(content, "steps", int),
                 guidance_scale=_scalar(content, "guidance_scale", float),
                 timesteps=content["timesteps"],
+                influence=content["influence"],
                 noise_pred=content["noise_pred"],
                 feature_l1=content["feature_l1"],
+                skip=content["skip"],
+                unguided=content["unguided"],
                 gain=content["gain"],
                 bias=content["bias"],
             )
         except CalibrationError as error:
             raise BundleError(f"{path} is not a reuse table: {error}") from None
 
+    def _influential(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Returns (T, G+1) mean squared errors, each times the influence of its step."""
+        step = np.add.outer(*map(np.arange, squares.shape))
+        return squares * self.influence[np.minimum(step, len(self.influence) - 1)]
+
     def _check_shapes(self) -> None:
-        dims = {"timesteps": 1, "noise_pred": 2, "feature_l1": 2, "gain": 3, "bias": 3}
+        dims = {"timesteps": 1, "influence": 1, **dict.fromkeys(_ERRORS, 2), "gain": 3, "bias": 3}
         for name, ndim in dims.items():
             array = getattr(self, name)
-            dtype = "float64" if name in OBJECTIVES else "float32"
+            dtype = "float64" if name in ("influence", *_ERRORS) else "float32"
             if array.ndim != ndim or array.dtype != dtype or 0 in array.shape:
                 raise CalibrationError(
                     f"{name} of a reuse table is {array.dtype} of shape {array.shape}: "
@@ -165,20 +199,28 @@ class ReuseTable:
         step_count, columns = self.noise_pred.shape
         pairs = (step_count, columns)
         whole = (*pairs, self.channels)
-        if list(shapes.values()) != [(step_count,), pairs, pairs, whole, whole]:
+        forecasts = [(step_count, shapes[name][1]) for name in ("skip", "unguided")]
+        row = (step_count,)
+        if list(shapes.values()) != [row, row, pairs, pairs, *forecasts, whole, whole]:
             found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise CalibrationError(
-                f"{found} of a reuse table do not belong together: they must be (T,), "
-                "(T, G+1) twice and (T, G+1, C) twice"
+                f"{found} of a reuse table do not belong together: they must be (T,) "
+                "twice, (T, G+1) twice, (T, R+1), (T, U+1) and (T, G+1, C) twice"
             )
 
     def _check_entries(self) -> None:
         if not np.isfinite(self.timesteps).all():
             raise CalibrationError("a timestep of the reuse table is not a number")
-        anchor, gap = np.indices(self.noise_pred.shape)
-        used = anchor + gap < len(self.timesteps)
-        for name in OBJECTIVES:
-            errors = self.errors(name)
+        usable = np.isfinite(self.influence) & (self.influence > 0)
+        if not usable.all():
+            raise CalibrationError(
+                f"the influence of step {int(usable.argmin())} in the reuse table is unusable: it "
+                "must be a number above 0"
+            )
+        for name in _ERRORS:
+            errors = getattr(self, name)
+            anchor, gap = np.indices(errors.shape)
+            used = anchor + gap < len(self.timesteps)
             with np.errstate(invalid="ignore"):
                 usable = np.isfinite(errors) & (errors >= 0)
             _require(
@@ -187,6 +229,8 @@ class ReuseTable:
             _require(
                 (errors == 0) | (gap > 0), f"the reuse error ({name})", "a step's own must be 0"
             )
+        anchor, gap = np.indices(self.noise_pred.shape)
+        used = anchor + gap < len(self.timesteps)
         for name in ("gain", "bias"):
             finite = np.isfinite(getattr(self, name)).all(axis=2)
             _require(finite | ~used, f"the {name}", "every channel must be finite")

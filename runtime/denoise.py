@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.correction import ChannelCorrection
 from cq_edge.errors import ScheduleError
+from cq_edge.forecast import Forecast
 from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.reuse_table import ReuseTable
 from runtime.engine import Engine
@@ -51,13 +52,6 @@ class Guidance:
             return (self.prompt,)
         return (self.negative, self.prompt)
 
-    def combine(self, predictions: list[FloatArray]) -> FloatArray:
-        """Returns the guided noise prediction of the branches' predictions."""
-        if len(predictions) == 1:
-            return predictions[0]
-        negative, prompt = predictions
-        return negative + np.float32(self.scale) * (prompt - negative)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepRecord:
@@ -89,8 +83,9 @@ def denoise(
     """Checks that its arguments fit each other, then runs one step each time it is asked.
 
     A full step runs `denoise` and keeps its cached feature; a shallow step runs
-    `denoise_shallow` on the last full step's feature, corrected; a skip step takes the last
-    step's guided noise prediction again and runs no graph.
+    `denoise_shallow` on the last full step's feature, corrected; a skip step runs no graph and
+    takes the forecast of the guided noise prediction; an unguided step runs its graph for the
+    prompt alone and takes the forecast of what the negative prompt changes.
 
     Args:
         engine: Runs `denoise` and `denoise_shallow`.
@@ -120,55 +115,100 @@ def _steps(
     corrections: dict[int, ChannelCorrection],
 ) -> Iterator[StepRecord]:
     history: tuple[Any, ...] = ()
-    features: list[FloatArray] = []  # of the last full step, one per branch
-    noise_pred = latents  # step 0 is full and overwrites it
+    denoiser = _Denoiser(engine, guidance)
     for step, mode in enumerate(cache_schedule.modes):
         start = perf_counter()
+        sigma = noise_scheduler.sigmas[step]
         timestep = noise_scheduler.timesteps[step : step + 1]
-        model_input = noise_scheduler.model_input(latents, step)
-        if mode is Mode.FULL:
-            noise_pred, features = _full(engine, model_input, timestep, guidance)
-        elif mode is Mode.SHALLOW:
-            noise_pred = _shallow(
-                engine, model_input, timestep, guidance, features, corrections[step]
-            )
+        if mode is Mode.SKIP:
+            noise_pred = denoiser.forecast(sigma)
+        else:
+            inputs = {"latents": noise_scheduler.model_input(latents, step), "timestep": timestep}
+            noise_pred = denoiser.run(mode, sigma, inputs, corrections.get(step))
         latents, history = noise_scheduler.advance(latents, noise_pred, step, history)
         elapsed_ms = (perf_counter() - start) * 1e3
         yield StepRecord(step, float(timestep[0]), mode, latents, elapsed_ms)
 
 
-def _full(
-    engine: Engine, latents: FloatArray, timestep: FloatArray, guidance: Guidance
-) -> tuple[FloatArray, list[FloatArray]]:
-    predictions, features = [], []
-    for embeddings in guidance.branches:
-        inputs = {"latents": latents, "timestep": timestep, "embeddings": embeddings}
-        outputs = engine.run("denoise", inputs)
-        predictions.append(outputs["noise_pred"])
-        features.append(outputs["cached_feature"])
-    return guidance.combine(predictions), features
+class _Denoiser:
+    """Guided noise predictions, computed or forecast from those computed before.
 
+    Keeps the cached features of the last full step, one per branch it ran, the prompt's last.
+    """
 
-def _shallow(
-    engine: Engine,
-    latents: FloatArray,
-    timestep: FloatArray,
-    guidance: Guidance,
-    features: list[FloatArray],
-    correction: ChannelCorrection,
-) -> FloatArray:
-    predictions = []
-    for embeddings, feature in zip(guidance.branches, features, strict=True):
-        inputs = {
-            "latents": latents,
-            "timestep": timestep,
-            "embeddings": embeddings,
-            "cached_feature": feature,
-            "gain": correction.gain,
-            "bias": correction.bias,
-        }
-        predictions.append(engine.run("denoise_shallow", inputs)["noise_pred"])
-    return guidance.combine(predictions)
+    def __init__(self, engine: Engine, guidance: Guidance) -> None:
+        self._engine = engine
+        self._guidance = guidance
+        self._features: list[FloatArray] = []
+        self._predictions = Forecast()
+        self._differences = Forecast()  # of the prompt's prediction from the negative's
+
+    def forecast(self, sigma: float) -> FloatArray:
+        """Returns what the guided noise prediction should be at a step that runs no graph."""
+        forecast: FloatArray = self._predictions.at(sigma).astype(np.float32)
+        return forecast
+
+    def run(
+        self,
+        mode: Mode,
+        sigma: float,
+        inputs: dict[str, FloatArray],
+        correction: ChannelCorrection | None,
+    ) -> FloatArray:
+        """Returns the guided noise prediction of a step that runs a graph.
+
+        Args:
+            mode: Full or shallow, guided or not.
+            sigma: Of the step.
+            inputs: `latents` and `timestep`.
+            correction: Of the cached feature; None at a full step.
+        """
+        branches = self._guidance.branches[-1:] if mode.is_unguided else self._guidance.branches
+        if correction is None:
+            predictions = self._full(inputs, branches)
+        else:
+            predictions = self._shallow(inputs, branches, correction)
+        noise_pred = self._guided(predictions, sigma)
+        self._predictions = self._predictions.after(sigma, noise_pred)
+        return noise_pred
+
+    def _full(
+        self, inputs: dict[str, FloatArray], branches: tuple[FloatArray, ...]
+    ) -> list[FloatArray]:
+        predictions, self._features = [], []
+        for embeddings in branches:
+            outputs = self._engine.run("denoise", {**inputs, "embeddings": embeddings})
+            predictions.append(outputs["noise_pred"])
+            self._features.append(outputs["cached_feature"])
+        return predictions
+
+    def _shallow(
+        self,
+        inputs: dict[str, FloatArray],
+        branches: tuple[FloatArray, ...],
+        correction: ChannelCorrection,
+    ) -> list[FloatArray]:
+        predictions = []
+        shared = {**inputs, "gain": correction.gain, "bias": correction.bias}
+        features = self._features[-len(branches) :]
+        for embeddings, feature in zip(branches, features, strict=True):
+            given = {**shared, "embeddings": embeddings, "cached_feature": feature}
+            predictions.append(self._engine.run("denoise_shallow", given)["noise_pred"])
+        return predictions
+
+    def _guided(self, predictions: list[FloatArray], sigma: float) -> FloatArray:
+        """Returns negative's + scale · (prompt's - negative's), the difference forecast if the
+        negative's was not computed."""
+        scale = np.float32(self._guidance.scale)
+        if scale == 1:
+            return predictions[-1]
+        if len(predictions) == 1:
+            difference: FloatArray = self._differences.at(sigma).astype(np.float32)
+            return predictions[0] + (scale - 1) * difference
+        negative, prompt = predictions
+        difference = prompt - negative
+        self._differences = self._differences.after(sigma, difference)
+        return negative + scale * difference
 
 
 def _check_fit(
@@ -198,7 +238,7 @@ def _corrections(
     for step, (anchor, mode) in enumerate(
         zip(cache_schedule.anchors, cache_schedule.modes, strict=True)
     ):
-        if mode is not Mode.SHALLOW:
+        if not mode.is_shallow:
             continue
         if reuse_table is None:
             raise ScheduleError(

@@ -25,6 +25,7 @@ class Method:
         steps: Sampler steps.
         schedule: The mode of each step of the loop.
         table: The corrections of shallow steps; None where there are no such steps.
+        noise_scheduler: Its name; None for the bundle's own.
     """
 
     bundle: Bundle
@@ -32,6 +33,7 @@ class Method:
     steps: int
     schedule: CacheSchedule
     table: ReuseTable | None
+    noise_scheduler: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +53,7 @@ def draw(method: Method, prompt: str, seed: int) -> Drawn:
     manifest, engine = method.bundle.manifest, method.engine
     defaults, size = manifest.defaults, manifest.latents
     noise_scheduler = make_noise_scheduler(
-        defaults.noise_scheduler, method.steps, manifest.noise_schedule
+        method.noise_scheduler or defaults.noise_scheduler, method.steps, manifest.noise_schedule
     )
     tokenizer = method.bundle.tokenizer()
     embeddings = [encode_prompt(engine, tokenizer, text)[0] for text in (prompt, "")]

@@ -2,13 +2,17 @@
 
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.latency import DeviceProfile
 from cq_edge.manifest import TensorSpec
+from cq_edge.noise_scheduler import make_noise_scheduler
 from runtime.bundle import Bundle
+from runtime.denoise import Guidance, denoise
 from runtime.engine import Engine
 
 _WARM_UP_RUNS = 2
@@ -41,10 +45,23 @@ def measure_graphs(
         medians[graph] = median(taken[_WARM_UP_RUNS:] or taken[-1:])
     entry = bundle.manifest.graph("denoise")
     digest = bundle.manifest.files[entry.file].sha256
-    return DeviceProfile(entry.backend, digest, medians, {"runs": runs})
+    step_ms = _step_ms(engine, bundle)
+    return DeviceProfile(entry.backend, digest, medians, step_ms, {"runs": runs})
 
 
-def _sample(spec: TensorSpec) -> NDArray[np.generic]:
+def _step_ms(engine: Engine, bundle: Bundle) -> float:
+    """Returns what a step takes beside its graphs: the median of steps that run none."""
+    defaults, schedule = bundle.manifest.defaults, bundle.manifest.noise_schedule
+    noise_scheduler = make_noise_scheduler(defaults.noise_scheduler, defaults.steps, schedule)
+    modes = "F" + "K" * (len(noise_scheduler.timesteps) - 1)
+    inputs = {spec.name: _sample(spec) for spec in bundle.manifest.graph("denoise").inputs}
+    guidance = Guidance(inputs["embeddings"], inputs["embeddings"], 2.0)
+    cache_schedule = CacheSchedule.from_string(modes)
+    records = denoise(engine, noise_scheduler, cache_schedule, inputs["latents"], guidance)
+    return median([record.elapsed_ms for record in records][1:] or [0.0])
+
+
+def _sample(spec: TensorSpec) -> NDArray[Any]:
     """Returns noise of a tensor's shape; indices are 0, which every vocabulary has."""
     if spec.dtype == "int64":
         return np.zeros(spec.shape, np.int64)

@@ -98,13 +98,18 @@ def reuse_table(noise_scheduler: str = "ddim", steps: int = STEPS) -> ReuseTable
     gain[:, 0], bias[:, 0] = 1, 0
     for array in (noise_pred, feature_l1, gain, bias):
         array[beyond] = np.nan
+    # forecasts reach two steps; both are worse than reusing
+    skip, unguided = 2 * noise_pred[:, :3], 3 * noise_pred[:, :3]
     return ReuseTable(
         noise_scheduler=noise_scheduler,
         steps=steps,
         guidance_scale=5.0,
         timesteps=timesteps,
+        influence=np.ones(len(timesteps)),
         noise_pred=noise_pred,
         feature_l1=feature_l1,
+        skip=skip,
+        unguided=unguided,
         gain=gain,
         bias=bias,
     )

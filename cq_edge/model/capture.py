@@ -4,10 +4,10 @@ Every prompt is run twice, with the full graph at every step. The first run comp
 features of every anchor step i and later step k = i + gap: their L1 distance (the paper's
 objective) and the per-channel correction that maps one onto the other best. The second run also
 predicts each step k with the shallow graph from every corrected feature i, and measures by how
-much the guided noise prediction is wrong.
+much the guided noise prediction is wrong. What forecasts would miss is measured on the first run.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +17,16 @@ from torch import Tensor
 
 from cq_edge.correction import MomentAccumulator
 from cq_edge.errors import CalibrationError
-from cq_edge.influence import step_influence
+from cq_edge.forecast import Forecast
+from cq_edge.model.trajectory import FullGraph, Loop, Prompt, Visit, mean_square
 from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.reuse_table import ReuseTable
 
-FullGraph = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 ShallowGraph = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-Prompt = tuple[Tensor, Tensor]
-"""The (uncond, cond) embeddings of a prompt, each (1, 77, D)."""
+MAX_SKIP = 4
+"""The most steps in a row without a graph that are measured."""
+MAX_UNGUIDED = 3
+"""The most steps in a row without the negative prompt that are measured."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +61,7 @@ def capture(
     prompts: Sequence[Prompt],
     noise_scheduler: NoiseScheduler,
     latents_shape: tuple[int, int, int],
+    influence: NDArray[np.float64],
     *,
     guidance_scale: float = 7.5,
     max_gap: int = 10,
@@ -75,6 +78,7 @@ def capture(
         prompts: The embeddings to calibrate with.
         noise_scheduler: Of T steps.
         latents_shape: (4, h, w).
+        influence: (T,) of each step, as `measure_influence` returns it.
         guidance_scale: 1.0 runs the guided branch alone.
         max_gap: The largest gap measured; cut to T - 1.
         seed: Of the initial noise; prompt n takes seed + n.
@@ -87,125 +91,83 @@ def capture(
     if not prompts:
         raise CalibrationError("calibration needs at least one prompt")
     total = len(noise_scheduler.timesteps)
-    loop = _Loop(full, noise_scheduler, latents_shape, guidance_scale, seed)
+    loop = Loop(full, noise_scheduler, latents_shape, guidance_scale, seed)
     features = _FeatureRun(total, min(max_gap, total - 1), sampled_steps)
+    predictions = _ForecastRun(noise_scheduler.sigmas, min(MAX_SKIP, total - 1))
+    # without guidance there is no negative prompt to leave out
+    unguided = 0 if guidance_scale == 1 else min(MAX_UNGUIDED, total - 1)
+    differences = _ForecastRun(noise_scheduler.sigmas, unguided)
     for number, prompt in enumerate(prompts):
         for visit in loop.run(number, prompt):
             features.take(visit, prompt)
+            predictions.take(visit.step, visit.noise_pred)
+            differences.take(visit.step, (guidance_scale - 1) * visit.difference)
             on_step()
     gain, bias = features.corrections()
-    squares = np.zeros((total, features.max_gap + 1))
-    for number, prompt in enumerate(prompts):
-        anchors: list[_Visit] = []
-        for visit in loop.run(number, prompt):
-            anchors = [*anchors, visit][-1 - features.max_gap :]
-            for gap, anchor in enumerate(reversed(anchors[:-1]), start=1):
-                pair = (anchor.step, gap)
-                repaired = (torch.from_numpy(gain[pair]), torch.from_numpy(bias[pair]))
-                reused = loop.shallow_prediction(shallow, visit, prompt, anchor, repaired)
-                squares[pair] += float((reused - visit.noise_pred).square().mean())
-            on_step()
-    influence = step_influence(noise_scheduler)
-    step = np.add.outer(np.arange(total), np.arange(features.max_gap + 1))
-    weights = influence[np.minimum(step, total - 1)] ** 2
-    errors = np.where(step < total, squares * weights / len(prompts), np.nan)
+    squares = _reuse_squares(loop, shallow, prompts, gain, bias, on_step)
     table = ReuseTable(
         noise_scheduler=noise_scheduler.name,
         steps=noise_scheduler.steps,
         guidance_scale=guidance_scale,
         timesteps=np.asarray(noise_scheduler.timesteps, np.float32),
-        noise_pred=errors,
+        influence=influence,
+        noise_pred=_means(squares, len(prompts)),
         feature_l1=features.l1(),
+        skip=_means(predictions.squares, len(prompts)),
+        unguided=_means(differences.squares, len(prompts)),
         gain=gain,
         bias=bias,
     )
     return Calibration(table, tuple(features.samples), tuple(features.finals))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Visit:
-    """One step of one prompt: what the network saw and said, and the latents after it.
-
-    `features` are the branches' cached features, each (1, C, h, w), the guided branch last.
-    """
-
-    step: int
-    timestep: Tensor
-    seen: Tensor
-    noise_pred: Tensor
-    features: tuple[Tensor, ...]
-    after: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Loop:
-    """The denoising loop with the full graph at every step."""
-
-    full: FullGraph
-    noise_scheduler: NoiseScheduler
-    latents_shape: tuple[int, int, int]
-    guidance_scale: float
-    seed: int
-
-    def run(self, number: int, prompt: Prompt) -> Iterator[_Visit]:
-        """Runs prompt `number` through all steps."""
-        latents = _noise((1, *self.latents_shape), self.seed + number)
-        latents = latents * self.noise_scheduler.init_noise_sigma
-        history: tuple[Tensor, ...] = ()
-        for step, time in enumerate(self.noise_scheduler.timesteps):
-            seen, timestep = self.noise_scheduler.model_input(latents, step), torch.tensor([time])
-            # branch by branch, as the exported graphs run: activations are quantised per run
-            runs = [self.full(seen, timestep, context) for context in self._branches(prompt)]
-            noise_pred = self._guided([prediction for prediction, _ in runs])
-            features = tuple(feature for _, feature in runs)
-            _check_finite(number, step, noise_pred, features)
-            latents, history = self.noise_scheduler.advance(latents, noise_pred, step, history)
-            yield _Visit(step, timestep, seen, noise_pred, features, latents)
-
-    def shallow_prediction(
-        self,
-        shallow: ShallowGraph,
-        visit: _Visit,
-        prompt: Prompt,
-        anchor: _Visit,
-        correction: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """Returns the guided noise prediction at a visit that reuses an anchor's features."""
-        branches = zip(self._branches(prompt), anchor.features, strict=True)
-        return self._guided(
-            [
-                shallow(visit.seen, visit.timestep, context, feature, *correction)
-                for context, feature in branches
-            ]
-        )
-
-    def _branches(self, prompt: Prompt) -> Sequence[Tensor]:
-        return prompt[1:] if self.guidance_scale == 1.0 else prompt
-
-    def _guided(self, predictions: list[Tensor]) -> Tensor:
-        if len(predictions) == 1:
-            return predictions[0]
-        uncond, cond = predictions
-        return uncond + self.guidance_scale * (cond - uncond)
+def _reuse_squares(
+    loop: Loop,
+    shallow: ShallowGraph,
+    prompts: Sequence[Prompt],
+    gain: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    on_step: Callable[[], object],
+) -> NDArray[np.float64]:
+    """Returns (T, G+1) mean squared errors of the guided noise prediction of every step i + g
+    with the corrected features of step i, summed over the prompts."""
+    squares = np.zeros(gain.shape[:2])
+    max_gap = gain.shape[1] - 1
+    for number, prompt in enumerate(prompts):
+        anchors: list[Visit] = []
+        for visit in loop.run(number, prompt):
+            anchors = [*anchors, visit][-1 - max_gap :]
+            for gap, anchor in enumerate(reversed(anchors[:-1]), start=1):
+                pair = (anchor.step, gap)
+                repaired = (torch.from_numpy(gain[pair]), torch.from_numpy(bias[pair]))
+                reused = _shallow_prediction(loop, shallow, visit, prompt, anchor, repaired)
+                squares[pair] += mean_square(reused - visit.noise_pred)
+            on_step()
+    return squares
 
 
-def _check_finite(number: int, step: int, noise_pred: Tensor, features: tuple[Tensor, ...]) -> None:
-    for feature in features:
-        finite = torch.isfinite(feature).all(dim=(0, 2, 3))
-        if not finite.all():
-            raise CalibrationError(
-                f"prompt {number}, step {step}: channel {int(finite.int().argmin())} of the "
-                "cached feature is not finite"
-            )
-    if not torch.isfinite(noise_pred).all():
-        raise CalibrationError(
-            f"prompt {number}, step {step}: the denoiser gave a non-finite prediction"
-        )
+def _shallow_prediction(
+    loop: Loop,
+    shallow: ShallowGraph,
+    visit: Visit,
+    prompt: Prompt,
+    anchor: Visit,
+    correction: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Returns the guided noise prediction at a visit that reuses an anchor's features."""
+    branches = zip(loop.branches(prompt), anchor.features, strict=True)
+    return loop.guided(
+        [
+            shallow(visit.seen, visit.timestep, context, feature, *correction)
+            for context, feature in branches
+        ]
+    )
 
 
-def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    generator = np.random.Generator(np.random.PCG64(seed))
-    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+def _means(squares: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """Returns (T, G+1) sums over so many prompts as means; NaN beyond the last step."""
+    step = np.add.outer(*map(np.arange, squares.shape))
+    return np.where(step < len(squares), squares / count, np.nan)
 
 
 class _FeatureRun:
@@ -222,7 +184,7 @@ class _FeatureRun:
         self._kept = set(np.linspace(0, total - 1, sampled_steps).round().astype(int).tolist())
         self._recent: list[NDArray[np.float32]] = []  # of the last max_gap + 1 steps
 
-    def take(self, visit: _Visit, prompt: Prompt) -> None:
+    def take(self, visit: Visit, prompt: Prompt) -> None:
         """Takes in the next step of a prompt's run."""
         if visit.step == 0:
             self._recent = []
@@ -255,7 +217,7 @@ class _FeatureRun:
                 errors[anchor, gap] = pair.l1 / pair.count
         return errors
 
-    def _sample(self, visit: _Visit, prompt: Prompt) -> None:
+    def _sample(self, visit: Visit, prompt: Prompt) -> None:
         gap = min(visit.step, 1 + len(self.samples) % max(1, self.max_gap))
         self.samples.append(
             StepSample(
@@ -267,6 +229,30 @@ class _FeatureRun:
                 self._recent[-1 - gap][-1:],
             )
         )
+
+
+class _ForecastRun:
+    """What forecasting a value costs: mean squared errors, summed over the prompts.
+
+    Entry [i, g] is of step i + g, forecast as if step i were the last that was computed, and the
+    step before it too.
+    """
+
+    def __init__(self, sigmas: Sequence[float], furthest: int) -> None:
+        self.squares = np.zeros((len(sigmas), furthest + 1))
+        self._sigmas = sigmas
+        self._furthest = furthest
+        self._lines: list[Forecast] = []  # as they were after each of the last steps, newest first
+
+    def take(self, step: int, value: Tensor) -> None:
+        """Takes in the next step of a prompt's run."""
+        if step == 0:
+            self._lines = []
+        sigma = self._sigmas[step]
+        for gap, line in enumerate(self._lines, start=1):
+            self.squares[step - gap, gap] += mean_square(line.at(sigma) - value)
+        newest = self._lines[0] if self._lines else Forecast()
+        self._lines = [newest.after(sigma, value), *self._lines][: self._furthest]
 
 
 class _PairSum:

@@ -10,16 +10,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cq_edge.errors import UsageError
-from cq_edge.model.capture import Calibration, FullGraph, ShallowGraph, capture
+from cq_edge.model.capture import Calibration, ShallowGraph, capture
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
 from cq_edge.model.mixed_precision import choose_four_bits
 from cq_edge.model.prompts import embed_prompts, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
+from cq_edge.model.response import measure_influence, tried_steps
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import split_unet
+from cq_edge.model.trajectory import FullGraph, Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 QUANTIZATIONS = ("int8", "none")
+_INFLUENCE_PROMPTS = 2  # what the influence of each step is measured on
 _TRIAL_PROMPTS, _TRIAL_STEPS = 2, 5  # what layers are tried on at four bits
 
 
@@ -109,6 +112,7 @@ def optimize(
 def calibrate(
     pipeline: StableDiffusionPipeline,
     config: OptimizeConfig,
+    reference: FullGraph,
     full: FullGraph,
     shallow: ShallowGraph,
     on_step: Callable[[], object] = lambda: None,
@@ -118,25 +122,36 @@ def calibrate(
     Args:
         pipeline: Gives the prompts' embeddings and the noise schedule.
         config: What to calibrate for.
+        reference: The float full graph, for the influence of each step.
         full: The full graph; exported ones are faster than eager modules, and the real thing.
         shallow: The shallow graph.
-        on_step: Called after every step of the two runs per prompt, for progress bars.
+        on_step: Called after every step that is run (`calibration_steps`), for progress bars.
 
     Raises:
         CalibrationError: If a graph gives something non-finite.
         ScheduleError: If the noise scheduler or its number of steps is not possible.
     """
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
+    noise_scheduler = make_noise_scheduler(config.noise_scheduler, config.steps, noise_schedule)
+    prompts, shape = embed_prompts(pipeline, config.prompts), _latents_shape(pipeline)
+    loop = Loop(reference, noise_scheduler, shape, config.guidance_scale)
     return capture(
         full,
         shallow,
-        embed_prompts(pipeline, config.prompts),
-        make_noise_scheduler(config.noise_scheduler, config.steps, noise_schedule),
-        _latents_shape(pipeline),
+        prompts,
+        noise_scheduler,
+        shape,
+        measure_influence(loop, prompts[:_INFLUENCE_PROMPTS], on_step),
         guidance_scale=config.guidance_scale,
         max_gap=config.max_gap,
         on_step=on_step,
     )
+
+
+def calibration_steps(prompts: int, total: int) -> int:
+    """Returns how many steps `calibrate` runs for so many prompts and T steps."""
+    resumed = sum(total - 1 - step for step in tried_steps(total))
+    return 2 * prompts * total + min(prompts, _INFLUENCE_PROMPTS) * (total + resumed)
 
 
 def parity_inputs(

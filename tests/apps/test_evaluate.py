@@ -11,8 +11,9 @@ from tests.tiny_bundle import reuse_table, write_bundle
 
 TIMES = {"encode": 2.0, "denoise": 10.0, "denoise_shallow": 1.0, "decode": 5.0}
 NAMES = [
-    "float32", "quantised only", "cached only", "naive", "ours without correction", "ours",
-    "uniform cache", "fewer steps",
+    "float32", "quantised only", "cached only", "naive", "naive, corrected",
+    "ours without correction", "ours", "uniform cache", "fewer steps, ddim",
+    "fewer steps, dpmsolver++",
 ]  # fmt: skip
 
 
@@ -48,12 +49,14 @@ def test_every_way_is_compared_with_float32(evaluate):
         assert rows[name]["plan"]["full"] == 10
     assert rows["float32"]["loop_speedup"] == 1
     assert rows["ours"]["psnr_db"] < rows["float32"]["psnr_db"]
-    frontier = plan_frontier(reuse_table().errors(), profile, 2)
+    frontier = plan_frontier(reuse_table().reuse_errors(), profile, 2)
     fitting = [p for p in frontier if profile.loop_ms(p.schedule, 2) <= 2 * 100 / 2]
     assert rows["ours"]["plan"]["modes"] == fitting[-1].schedule.to_string()
     assert rows["uniform cache"]["plan"]["modes"] == CacheSchedule.uniform(10, 3).to_string()
-    assert rows["fewer steps"]["plan"]["steps"] == 5
-    assert {row["name"] for row in report["frontier"]} == {"ours", "uniform cache", "fewer steps"}
+    assert rows["fewer steps, ddim"]["plan"]["steps"] == 5
+    assert {row["name"] for row in report["frontier"]} == {
+        "ours", "full and shallow, feature_l1", *NAMES[-3:]
+    }  # fmt: skip
     page = Path("report.html").read_text()
     assert all(f"<td>{name}</td>" in page for name in NAMES)
     assert "src=" in page

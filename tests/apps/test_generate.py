@@ -8,10 +8,10 @@ from PIL import Image
 
 from apps.engines import ENGINES
 from apps.pictures import output_paths, write_png
-from cq_edge.cache_schedule import plan_full_steps
 from cq_edge.errors import CQEdgeError
 from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
+from cq_edge.planner import best_with_full_steps
 from runtime.bundle import open_bundle
 from runtime.denoise import Guidance, denoise
 from runtime.generate import decode_latents, encode_prompt, initial_latents
@@ -45,7 +45,7 @@ def test_a_prompt_becomes_the_picture_that_the_runtime_makes_of_it(
     negative, _ = encode_prompt(engine, bundle.tokenizer(), "")
     scheduler = make_noise_scheduler("ddim", 10, NoiseScheduleConfig())
     table = reuse_table()
-    schedule = plan_full_steps(table.errors(), 4)
+    schedule = best_with_full_steps(table.reuse_errors(), 4)
     latents = initial_latents((4, SIDE, SIDE), 7, 1.0)
     given = Guidance(prompt, negative, 5.0)
     *_, last = denoise(engine, scheduler, schedule, latents, given, table)
@@ -65,7 +65,7 @@ def test_the_last_line_of_json_says_what_was_made(generate: Generate) -> None:
     code, out, _ = generate(STAR, "--json", "--seed", "9", "--scheduler", "pndm", "--plan", "full")
     result = last_json(out)
     assert code == 0
-    assert list(result) == ["images", "seed", "plan", "steps", "denoise_ms", "total_ms"]
+    assert list(result) == ["images", "seed", "plan", "unguided", "steps", "denoise_ms", "total_ms"]
     assert result["images"] == ["a-red-star-on-blue.png"]
     assert result["seed"] == 9
     assert result["plan"] == {"full": 11, "shallow": 0, "skip": 0}
@@ -76,7 +76,7 @@ def test_the_last_line_of_json_says_what_was_made(generate: Generate) -> None:
 def test_a_picture_says_how_it_was_made(generate: Generate) -> None:
     generate("a «star» 星", "--negative-prompt", "blur", "--seed", "5", "-o", "star.png")
     texts = Image.open("star.png").text
-    plan = plan_full_steps(reuse_table().errors(), 4).to_string()
+    plan = best_with_full_steps(reuse_table().reuse_errors(), 4).to_string()
     assert json.loads(texts["cq-edge"]) == {
         "prompt": "a «star» 星",
         "negative_prompt": "blur",
@@ -106,7 +106,7 @@ def test_image_i_of_several_is_the_single_image_of_seed_plus_i(generate: Generat
     [
         ("full", "FFFFFFFFFF"),
         ("uniform:3", "FSSFSSFSSF"),
-        ("full-steps:5", plan_full_steps(reuse_table().errors(), 5).to_string()),
+        ("full-steps:5", best_with_full_steps(reuse_table().reuse_errors(), 5).to_string()),
         ("FSSSFKSFSS", "FSSSFKSFSS"),
         ("plan.json", "FFSFSFSFSF"),
     ],

@@ -4,6 +4,7 @@ import pytest
 
 from apps import plan as plan_module
 from apps.cli import main
+from cq_edge.cache_schedule import plan_full_steps
 from cq_edge.latency import DeviceProfile
 from cq_edge.planner import best_at_speedup, plan_frontier
 from runtime.bundle import open_bundle
@@ -37,7 +38,7 @@ def test_json_says_the_plan_and_what_it_is_predicted_to_cost(plan, device):
     code, out, _ = plan("--speedup", "1.5", "--json")
     assert code == 0
     found = json.loads(out.splitlines()[-1])
-    frontier = plan_frontier(reuse_table().errors(), device, 2)
+    frontier = plan_frontier(reuse_table().reuse_errors(), device, 2)
     expected = best_at_speedup(frontier, 1.5)
     assert found["modes"] == expected.schedule.to_string()
     assert found["plan"] == expected.schedule.counts
@@ -47,12 +48,11 @@ def test_json_says_the_plan_and_what_it_is_predicted_to_cost(plan, device):
     assert len(found["frontier"]) == len(frontier)
 
 
-def test_the_papers_objective_is_a_named_choice(plan, device):
+def test_the_papers_objective_is_a_named_choice(plan):
     _, ours, _ = plan("--full-steps", "4", "--json")
     _, papers, _ = plan("--full-steps", "4", "--objective", "feature_l1", "--json")
-    frontier = plan_frontier(reuse_table().errors("feature_l1"), device, 2)
-    (expected,) = [p for p in frontier if p.schedule.counts["full"] == 4]
-    assert json.loads(papers)["modes"] == expected.schedule.to_string()
+    expected = plan_full_steps(reuse_table().feature_l1, 4)
+    assert json.loads(papers)["modes"] == expected.to_string()
     assert json.loads(ours)["modes"] != json.loads(papers)["modes"]
 
 
@@ -60,7 +60,7 @@ def test_the_screen_shows_the_choice_and_how_to_use_it(plan):
     code, out, _ = plan("--full-steps", "4")
     assert code == 0
     (chosen,) = [line for line in out.splitlines() if line.endswith("<- chosen")]
-    assert chosen.split()[0] == "4"
+    assert chosen.split()[3] == "4"
     modes = out.splitlines()[-1].removeprefix("--plan ")
     assert modes.count("F") == 4
     assert main(["generate", "bundle", "a ring", "--plan", modes]) == 0
@@ -75,7 +75,7 @@ def test_a_budget_below_the_fastest_plan_says_the_least(plan):
 def test_full_steps_that_cannot_be_planned_say_which_can(plan):
     code, _, err = plan("--full-steps", "1")
     assert code == 2
-    assert "--full-steps is 1: this bundle can be planned with " in err
+    assert "1 full steps of 10 are too few for what was calibrated: ask for " in err
 
 
 def test_the_profile_of_other_graphs_is_refused_with_both_digests(home, plan):
@@ -95,6 +95,6 @@ def test_without_a_profile_the_graphs_are_measured_here(home, capsys):
 
 
 def test_the_frontier_on_the_screen_always_holds_the_choice(device):
-    frontier = plan_frontier(reuse_table().errors(), device, 2)
+    frontier = plan_frontier(reuse_table().reuse_errors(), device, 2)
     for chosen in frontier:
         assert chosen in plan_module._shown(chosen, frontier)

@@ -220,11 +220,20 @@ def test_the_papers_bounds_refuse_more_full_steps_than_steps():
         paper_segment_bounds(5, 6)
 
 
+def test_unguided_steps_are_anchors_of_unguided_steps():
+    schedule = CacheSchedule.from_string("FsfsKsFS")
+    assert schedule.anchors == (0, 0, 2, 2, 2, 2, 6, 6)
+    assert schedule.counts == {"full": 3, "shallow": 4, "skip": 1}
+    assert schedule.unguided == 4
+    assert schedule.to_string() == "FsfsKsFS"
+    assert str(Mode.SHALLOW_UNGUIDED) == "shallow unguided"
+
+
 def test_a_schedule_knows_its_anchors_counts_gaps_and_segments():
     schedule = CacheSchedule.from_string("FSSKFSF")
     assert schedule.anchors == (0, 0, 0, 0, 4, 4, 6)
     assert schedule.counts == {"full": 3, "shallow": 3, "skip": 1}
-    assert schedule.max_gap == 3
+    assert schedule.max_gap == 2  # the skip step reuses no feature
     assert schedule.segments() == (range(4), range(4, 6), range(6, 7))
     assert schedule.to_string() == "FSSKFSF"
     assert len(schedule) == 7
@@ -249,11 +258,17 @@ def test_uniform_schedules():
         ),
         (
             lambda: CacheSchedule.from_string("FSX"),
-            'step 2 of "FSX" is "X": use F for full, S for shallow and K for skip',
+            'step 2 of "FSX" is "X": use F for full, S for shallow, K for skip, f and s for '
+            "unguided ones",
         ),
         (
             lambda: CacheSchedule(("full",)),
             "step 0 has mode 'full': it must be a Mode",
+        ),
+        (
+            lambda: CacheSchedule.from_string("FfKS"),
+            "step 3 is shallow and guided, but its anchor, step 1, ran without the negative "
+            "prompt: make step 3 unguided or step 1 guided",
         ),
         (
             lambda: CacheSchedule.uniform(5, 0),
@@ -265,7 +280,7 @@ def test_uniform_schedules():
         ),
         (
             lambda: total_error(np.zeros((3, 2)), CacheSchedule.from_string("FKF")),
-            "step 1 is skip: a reuse error is known for shallow steps only",
+            "step 1 is skip: a reuse error is known for shallow only",
         ),
         (
             lambda: total_error(np.zeros((3, 2)), CacheSchedule.from_string("FSS")),

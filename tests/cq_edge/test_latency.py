@@ -11,13 +11,20 @@ TIMES = {"encode": 2.0, "denoise": 10.0, "denoise_shallow": 3.0, "decode": 5.0}
 
 
 def profile(**changes):
-    return DeviceProfile("xnnpack", "ab", {**TIMES, **changes}, {"runs": 5})
+    return DeviceProfile("xnnpack", "ab", {**TIMES, **changes}, 0.0, {"runs": 5})
 
 
 def test_a_loop_takes_what_its_graphs_take_once_per_branch():
     schedule = CacheSchedule.from_string("FSSFK")
     assert profile().loop_ms(schedule, 1) == 26
     assert profile().loop_ms(schedule, 2) == 52
+
+
+def test_an_unguided_step_runs_its_graph_once_and_every_step_takes_its_arithmetic():
+    schedule = CacheSchedule.from_string("FfsKs")
+    assert profile().loop_ms(schedule, 2) == 2 * 10 + 10 + 3 + 3
+    slower = DeviceProfile("xnnpack", "ab", TIMES, step_ms=0.5)
+    assert slower.loop_ms(schedule, 2) == profile().loop_ms(schedule, 2) + 5 * 0.5
 
 
 def test_a_picture_also_takes_its_prompts_and_the_decoding():
@@ -52,6 +59,17 @@ def test_figures_that_planning_does_not_need_are_passed_over(tmp_path):
         (
             '{"engine": "x", "graphs_sha256": "", "graphs": {"encode": {"p50_ms": -1}}}',
             ": a device profile's time of graph encode is -1.0 ms: it must be above 0 and finite",
+        ),
+        (
+            json.dumps(
+                {
+                    "engine": "x",
+                    "graphs_sha256": "",
+                    "step_ms": -2,
+                    "graphs": {graph: {"p50_ms": 1} for graph in TIMES},
+                }
+            ),
+            ": a device profile's step_ms is -2.0: it must be 0 or more and finite",
         ),
     ],
 )

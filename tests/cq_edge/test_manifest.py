@@ -101,7 +101,7 @@ def test_format_version_stands_first_and_the_text_ends_with_a_newline(bundle):
     write_manifest(bundle, manifest())
     text = (bundle / "manifest.json").read_text()
     assert next(iter(json.loads(text))) == "format_version"
-    assert text.startswith('{\n  "format_version": 1,\n')
+    assert text.startswith('{\n  "format_version": 2,\n')
     assert text.endswith("}\n")
 
 
@@ -257,12 +257,17 @@ def remover(*keys):
 
 WRONG = [
     (
-        setter(2, "format_version"),
-        " was written by a newer cq-edge (format_version 2; this one reads 1): upgrade cq-edge",
+        setter(3, "format_version"),
+        " was written by a newer cq-edge (format_version 3; this one reads 2): upgrade cq-edge",
     ),
-    (setter(0, "format_version"), ": format_version is 0: it must be 1"),
-    (setter(True, "format_version"), ": format_version is true: it must be 1"),
-    (remover("format_version"), ": format_version is missing: it must be 1"),
+    (
+        setter(1, "format_version"),
+        " was written by an older cq-edge (format_version 1; this one reads 2): build the bundle "
+        "again",
+    ),
+    (setter(0, "format_version"), ": format_version is 0: it must be 2"),
+    (setter(True, "format_version"), ": format_version is true: it must be 2"),
+    (remover("format_version"), ": format_version is missing: it must be 2"),
     (lambda _: [1], " holds an array: a manifest is an object"),
     (
         setter(1, "latents", "depth"),

@@ -22,7 +22,10 @@ def table():
                 noise_pred[anchor, gap] = feature_l1[anchor, gap] = np.nan
                 gain[anchor, gap] = bias[anchor, gap] = np.nan
     timesteps = np.linspace(900, 1, T, dtype=np.float32)
-    return ReuseTable("pndm", 4, 7.5, timesteps, noise_pred, feature_l1, gain, bias)
+    skip, unguided = 2 * noise_pred[:, :2], 3 * noise_pred
+    errors = (noise_pred, feature_l1, skip, unguided)
+    influence = np.linspace(1, 2, T)
+    return ReuseTable("pndm", 4, 7.5, timesteps, influence, *errors, gain, bias)
 
 
 def changed(name, index, value):
@@ -38,7 +41,16 @@ def test_a_table_survives_its_file_bit_for_bit(tmp_path):
     for name in ("noise_scheduler", "steps", "guidance_scale"):
         assert getattr(loaded, name) == getattr(original, name)
         assert type(getattr(loaded, name)) is type(getattr(original, name))
-    for name in ("timesteps", "noise_pred", "feature_l1", "gain", "bias"):
+    for name in (
+        "timesteps",
+        "influence",
+        "noise_pred",
+        "feature_l1",
+        "skip",
+        "unguided",
+        "gain",
+        "bias",
+    ):
         found, expected = getattr(loaded, name), getattr(original, name)
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
@@ -62,7 +74,9 @@ def test_correction_is_the_entry_of_anchor_and_gap():
 
 
 def test_errors_are_those_of_the_objective_asked_for():
-    np.testing.assert_array_equal(table().errors(), table().noise_pred)
+    step = np.minimum(np.add.outer(np.arange(T), np.arange(G + 1)), T - 1)
+    expected = table().noise_pred * table().influence[step]
+    np.testing.assert_array_equal(table().errors(), expected)
     np.testing.assert_array_equal(table().errors("feature_l1"), table().feature_l1)
     message = "objective is 'l2': choose noise_pred or feature_l1"
     with pytest.raises(UsageError, match=f"^{message}$"):
@@ -117,14 +131,24 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
         ),
         (
             {"bias": np.ones((T, G + 1, C + 1), np.float32)},
-            "timesteps (5,), noise_pred (5, 3), feature_l1 (5, 3), gain (5, 3, 3), bias (5, 3, 4) "
-            "of a reuse table do not belong together: they must be (T,), (T, G+1) twice and "
+            "timesteps (5,), influence (5,), noise_pred (5, 3), feature_l1 (5, 3), skip (5, 2), "
+            "unguided (5, 3), gain (5, 3, 3), bias (5, 3, 4) of a reuse table do not belong "
+            "together: they must be (T,) twice, (T, G+1) twice, (T, R+1), (T, U+1) and "
             "(T, G+1, C) twice",
+        ),
+        (
+            changed("skip", (1, 1), -1.0),
+            "the reuse error (skip) of step 2 with anchor 1 (gap 1) is unusable: it must be a "
+            "number of 0 or more",
         ),
         (
             {"noise_pred": np.zeros((T, G + 1), np.float32)},
             "noise_pred of a reuse table is float32 of shape (5, 3): it must be float64 with 2 "
             "dimensions, none empty",
+        ),
+        (
+            changed("influence", 3, 0.0),
+            "the influence of step 3 in the reuse table is unusable: it must be a number above 0",
         ),
         ({"steps": 0}, "steps of a reuse table is 0: it must be 1 or more"),
         ({"noise_scheduler": ""}, "noise_scheduler of a reuse table is empty: name it"),
@@ -236,3 +260,14 @@ def test_without_corrections_nothing_is_changed_but_gain_and_bias():
     assert (bare.gain == 1).all()
     assert (bare.bias == 0).all()
     np.testing.assert_array_equal(bare.noise_pred, table().noise_pred)
+
+
+def test_only_our_objective_knows_what_forecasts_cost():
+    ours, papers = table().reuse_errors(), table().reuse_errors("feature_l1")
+    for name, found in (("noise_pred", ours.shallow), ("skip", ours.skip)):
+        for anchor, gap in ((0, 1), (2, 1)):
+            expected = getattr(table(), name)[anchor, gap] * table().influence[anchor + gap]
+            assert found[anchor, gap] == expected
+    assert ours.unguided.shape == table().unguided.shape
+    np.testing.assert_array_equal(papers.shallow, table().feature_l1)
+    assert papers.skip.shape == papers.unguided.shape == (T, 1)

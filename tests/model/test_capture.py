@@ -4,12 +4,13 @@ import torch
 
 from cq_edge.correction import fit_correction
 from cq_edge.errors import CalibrationError
-from cq_edge.influence import step_influence
-from cq_edge.model.capture import capture
+from cq_edge.forecast import Forecast
+from cq_edge.model.capture import MAX_SKIP, MAX_UNGUIDED, capture
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 _SHAPE = (4, 4, 4)
 _STEPS = 6
+_INFLUENCE = np.linspace(2, 1, _STEPS)
 
 
 class _Recorder:
@@ -54,7 +55,9 @@ def _scheduler():
 
 def test_errors_and_corrections_are_those_of_the_features_seen():
     recorder = _Recorder(2, 3)
-    table = capture(recorder, _shallow, _prompts(3), _scheduler(), _SHAPE, max_gap=3).table
+    table = capture(
+        recorder, _shallow, _prompts(3), _scheduler(), _SHAPE, _INFLUENCE, max_gap=3
+    ).table
     assert table.feature_l1.shape == (_STEPS, 4)
     by_prompt = [_by_step(recorder, n) for n in range(3)]
     for anchor in range(_STEPS):
@@ -70,12 +73,20 @@ def test_errors_and_corrections_are_those_of_the_features_seen():
             np.testing.assert_allclose(measured.bias, fitted.bias, rtol=1e-4, atol=1e-5)
 
 
-def test_noise_prediction_errors_are_what_the_corrected_features_leave_weighted_by_influence():
+def test_noise_prediction_errors_are_what_the_corrected_features_leave():
     recorder, scale = _Recorder(2, 3), 3.0
     calibration = capture(
-        recorder, _shallow, _prompts(3), _scheduler(), _SHAPE, max_gap=3, guidance_scale=scale
+        recorder,
+        _shallow,
+        _prompts(3),
+        _scheduler(),
+        _SHAPE,
+        _INFLUENCE,
+        max_gap=3,
+        guidance_scale=scale,
     )
-    table, influence = calibration.table, step_influence(_scheduler())
+    table = calibration.table
+    np.testing.assert_array_equal(table.influence, _INFLUENCE)
     for anchor in range(_STEPS):
         for gap in range(1, min(3, _STEPS - 1 - anchor) + 1):
             correction = table.correction(anchor, anchor + gap)
@@ -86,8 +97,49 @@ def test_noise_prediction_errors_are_what_the_corrected_features_leave_weighted_
                 left = correction.apply(features[anchor]) - features[anchor + gap]
                 guided = (left[0] + scale * (left[1] - left[0]))[:4]
                 squares.append(np.square(guided).mean())
-            expected = influence[anchor + gap] ** 2 * np.mean(squares)
-            assert table.noise_pred[anchor, gap] == pytest.approx(expected, rel=1e-3)
+            assert table.noise_pred[anchor, gap] == pytest.approx(np.mean(squares), rel=1e-3)
+
+
+def test_forecast_errors_are_those_of_the_line_through_the_last_two_steps():
+    recorder, scale, sigmas = _Recorder(2, 2), 3.0, _scheduler().sigmas
+    prompts = _prompts(2)
+    predictions = []
+
+    def full(latents, timestep, embeddings):
+        noise_pred, feature = recorder(latents, timestep, embeddings)
+        predictions.append(noise_pred.numpy())
+        return noise_pred, feature
+
+    table = capture(
+        full, _shallow, prompts, _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=scale
+    ).table
+    assert table.skip.shape == (_STEPS, MAX_SKIP + 1)
+    assert table.unguided.shape == (_STEPS, MAX_UNGUIDED + 1)
+    for step in range(1, _STEPS):
+        for gap in range(1, min(MAX_UNGUIDED, step) + 1):
+            missed = {"skip": [], "unguided": []}
+            for n in range(2):
+                seen = predictions[n * 2 * _STEPS : (n + 1) * 2 * _STEPS]
+                pairs = list(zip(seen[::2], seen[1::2], strict=True))
+                values = {
+                    "skip": [u + scale * (c - u) for u, c in pairs],
+                    "unguided": [(scale - 1) * (c - u) for u, c in pairs],
+                }
+                for name, value in values.items():
+                    line = Forecast()
+                    for i in range(max(0, step - gap - 1), step - gap + 1):
+                        line = line.after(sigmas[i], value[i])
+                    missed[name].append(np.square(line.at(sigmas[step]) - value[step]).mean())
+            for name, squares in missed.items():
+                found = getattr(table, name)[step - gap, gap]
+                assert found == pytest.approx(np.mean(squares), rel=1e-3)
+
+
+def test_without_guidance_there_is_no_negative_prompt_to_leave_out():
+    table = capture(
+        _Recorder(0, 0), _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=1.0
+    ).table
+    assert table.unguided.shape == (_STEPS, 1)
 
 
 def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none():
@@ -97,30 +149,34 @@ def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none()
         calls.append(inputs)
         return _Recorder(0, 0)(*inputs)
 
-    capture(counted, _shallow, _prompts(1), _scheduler(), _SHAPE, guidance_scale=2.0)
+    capture(counted, _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=2.0)
     assert len(calls) == 2 * 2 * _STEPS
     calls.clear()
-    capture(counted, _shallow, _prompts(1), _scheduler(), _SHAPE, guidance_scale=1.0)
+    capture(counted, _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=1.0)
     assert len(calls) == 2 * _STEPS
 
 
 def test_progress_is_told_of_every_step_of_both_runs():
     told = []
     capture(
-        _Recorder(0, 0), _shallow, _prompts(2), _scheduler(), _SHAPE,
+        _Recorder(0, 0), _shallow, _prompts(2), _scheduler(), _SHAPE, _INFLUENCE,
         on_step=lambda: told.append(None),
     )  # fmt: skip
     assert len(told) == 2 * 2 * _STEPS
 
 
 def test_the_largest_gap_is_cut_to_what_the_steps_allow():
-    table = capture(_Recorder(0, 0), _shallow, _prompts(1), _scheduler(), _SHAPE, max_gap=99).table
+    table = capture(
+        _Recorder(0, 0), _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, max_gap=99
+    ).table
     assert table.max_gap == _STEPS - 1
 
 
 def test_samples_carry_the_anchor_feature_of_the_guided_branch():
     recorder = _Recorder(2, 1)
-    samples = capture(recorder, _shallow, _prompts(1), _scheduler(), _SHAPE, max_gap=3).samples
+    samples = capture(
+        recorder, _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, max_gap=3
+    ).samples
     assert [s.step for s in samples] == [0, 2, 3, 5]
     for sample in samples:
         expected = _by_step(recorder, 0)[sample.step - sample.gap][-1:]
@@ -133,7 +189,7 @@ def test_a_non_finite_prediction_stops_with_the_prompt_and_step_named():
         return worth * latents, latents
 
     with pytest.raises(CalibrationError) as caught:
-        capture(broken, _shallow, _prompts(1), _scheduler(), _SHAPE)
+        capture(broken, _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE)
     assert str(caught.value) == "prompt 0, step 4: the denoiser gave a non-finite prediction"
 
 
@@ -144,11 +200,11 @@ def test_a_non_finite_feature_stops_with_its_channel_named():
         return latents, feature
 
     with pytest.raises(CalibrationError) as caught:
-        capture(broken, _shallow, _prompts(1), _scheduler(), _SHAPE)
+        capture(broken, _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE)
     assert str(caught.value) == ("prompt 0, step 4: channel 2 of the cached feature is not finite")
 
 
 def test_no_prompt_is_refused():
     with pytest.raises(CalibrationError) as caught:
-        capture(_Recorder(0, 0), _shallow, [], _scheduler(), _SHAPE)
+        capture(_Recorder(0, 0), _shallow, [], _scheduler(), _SHAPE, _INFLUENCE)
     assert str(caught.value) == "calibration needs at least one prompt"

@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import ScheduleError
-from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
+from cq_edge.forecast import Forecast
+from cq_edge.noise_scheduler import (
+    NAMES,
+    NoiseScheduleConfig,
+    NoiseScheduler,
+    make_noise_scheduler,
+)
 from runtime.denoise import Guidance, StepRecord, denoise
 from runtime.generate import initial_latents
 from tests.tiny_bundle import MAX_GAP, SIDE, STEPS, WIDTH, FakeEngine, reuse_table
@@ -146,22 +152,58 @@ def test_a_full_step_calls_the_network_twice_and_scale_1_only_once() -> None:
     assert len(unguided.calls) == 9
 
 
-def test_a_skip_step_takes_the_last_guided_prediction_again_and_runs_nothing() -> None:
-    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
-    engine = FakeEngine()
-    found = records("FK" + "F" * 8, engine=engine)
-    assert len(engine.calls) == 2 * 9
-    start = initial_latents(SHAPE, 3, 1.0)
-    inputs = {"latents": start, "timestep": scheduler.timesteps[:1]}
+def full_by_hand(
+    scheduler: NoiseScheduler, latents: NDArray[Any], step: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The negative's and the prompt's predictions of the full graph."""
+    seen = {"latents": latents, "timestep": scheduler.timesteps[step : step + 1]}
     negative, prompt = (
-        FakeEngine().run("denoise", {**inputs, "embeddings": embeddings(s)})["noise_pred"]
+        FakeEngine().run("denoise", {**seen, "embeddings": embeddings(s)})["noise_pred"]
         for s in (2, 1)
     )
-    guided = negative + np.float32(5.0) * (prompt - negative)
-    latents, history = scheduler.advance(start, guided, 0, ())
-    latents, _ = scheduler.advance(latents, guided, 1, history)
-    assert np.array_equal(found[1].latents, latents)
-    assert found[1].mode is Mode.SKIP
+    return negative, prompt
+
+
+def test_a_skip_step_runs_nothing_and_takes_the_line_through_the_last_two_predictions() -> None:
+    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
+    engine = FakeEngine()
+    found = records("FFKK" + "F" * 6, engine=engine)
+    assert len(engine.calls) == 2 * 8
+    latents, line, history = initial_latents(SHAPE, 3, 1.0), Forecast(), ()
+    for step in range(4):
+        if step < 2:
+            negative, prompt = full_by_hand(scheduler, latents, step)
+            guided = negative + np.float32(5.0) * (prompt - negative)
+            line = line.after(scheduler.sigmas[step], guided)
+        else:
+            guided = line.at(scheduler.sigmas[step]).astype(np.float32)
+        latents, history = scheduler.advance(latents, guided, step, history)
+        np.testing.assert_allclose(found[step].latents, latents, rtol=1e-5, atol=1e-6)
+    assert [found[2].mode, found[3].mode] == [Mode.SKIP] * 2
+    assert found[3].latents.dtype == np.float32
+
+
+def test_an_unguided_step_runs_for_the_prompt_alone_and_forecasts_the_difference() -> None:
+    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
+    engine = FakeEngine()
+    found = records("FFfs" + "F" * 6, engine=engine)
+    assert engine.calls[4:6] == ["denoise", "denoise_shallow"]
+    latents, line, history = initial_latents(SHAPE, 3, 1.0), Forecast(), ()
+    for step in range(3):
+        negative, prompt = full_by_hand(scheduler, latents, step)
+        difference = prompt - negative
+        if step < 2:
+            line = line.after(scheduler.sigmas[step], difference)
+        else:
+            difference = line.at(scheduler.sigmas[step])
+        guided = (prompt + 4 * difference).astype(np.float32)
+        latents, history = scheduler.advance(latents, guided, step, history)
+        np.testing.assert_allclose(found[step].latents, latents, rtol=1e-4, atol=1e-5)
+
+
+def test_without_guidance_an_unguided_step_is_like_any_other() -> None:
+    guided, unguided = records("FSFSFSFSFS", scale=1.0), records("FsfsfsFsfs", scale=1.0)
+    assert np.array_equal(guided[-1].latents, unguided[-1].latents)
 
 
 def test_the_loop_runs_only_as_far_as_it_is_asked() -> None:

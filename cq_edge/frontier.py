@@ -1,0 +1,174 @@
+"""Every plan worth having: exact dynamic programming over the modes of all steps."""
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.errors import ScheduleError
+
+_NS_PER_MS = 1e6
+
+
+class _State(NamedTuple):
+    """What the steps so far leave for the next one to build on."""
+
+    gap: int = 0  # steps since the anchor
+    guided_anchor: bool = True
+    skipped: int = 0  # steps since a graph ran
+    unguided: int = 0  # steps since the negative prompt ran
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReuseErrors:
+    """What each way of computing less adds to a plan's error.
+
+    Entry [i, g] of an array is about step i + g, which builds on step i; column 0 is 0, entries
+    of steps beyond T-1 are unused. An array of one column rules its way out.
+
+    Attributes:
+        shallow: (T, G+1): reusing the cached feature of anchor i.
+        skip: (T, R+1): forecasting from step i, the last that ran a graph.
+        unguided: (T, U+1): forecasting what the negative prompt changes from step i, the last
+            that ran it.
+    """
+
+    shallow: NDArray[np.float64]
+    skip: NDArray[np.float64]
+    unguided: NDArray[np.float64]
+
+    def total(self, schedule: CacheSchedule) -> float:
+        """Returns the sum of the errors of a schedule's steps.
+
+        Raises:
+            ScheduleError: The schedule has another length, or a step that was not measured.
+        """
+        if len(schedule) != len(self.shallow):
+            raise ScheduleError(
+                f"the schedule has {len(schedule)} steps and the errors are of "
+                f"{len(self.shallow)}: they must be equal"
+            )
+        state, total = _State(), 0.0
+        for step, mode in enumerate(schedule.modes[1:], start=1):
+            moves = {name: (after, error) for name, after, error in self._moves(step, state)}
+            if mode not in moves:
+                raise ScheduleError(
+                    f"step {step} of {schedule.to_string()} is {mode}, but what it would build on "
+                    f"is further back than was measured: make it {' or '.join(moves)}"
+                )
+            state, error = moves[mode]
+            total += error
+        return total
+
+    def _moves(self, step: int, state: _State) -> Iterator[tuple[Mode, _State, float]]:
+        """Yields what a step may be after a state: its mode, the next state, its error."""
+        gap, skipped, unguided = state.gap + 1, state.skipped + 1, state.unguided + 1
+        yield Mode.FULL, _State(), 0.0
+        reusable = gap < self.shallow.shape[1]
+        shallow = float(self.shallow[step - gap, gap]) if reusable else 0.0
+        if reusable and state.guided_anchor:
+            yield Mode.SHALLOW, _State(gap), shallow
+        if unguided < self.unguided.shape[1]:
+            error = float(self.unguided[step - unguided, unguided])
+            yield Mode.FULL_UNGUIDED, _State(0, guided_anchor=False, unguided=unguided), error
+            if reusable:
+                after = _State(gap, state.guided_anchor, 0, unguided)
+                yield Mode.SHALLOW_UNGUIDED, after, shallow + error
+        if skipped < self.skip.shape[1]:
+            error = float(self.skip[step - skipped, skipped])
+            yield Mode.SKIP, self._far(gap, state.guided_anchor, skipped, unguided), error
+
+    def _far(self, gap: int, guided_anchor: bool, skipped: int, unguided: int) -> _State:
+        """Returns the state with all that is too far back to be used made alike."""
+        unguided = min(unguided, self.unguided.shape[1])
+        if gap >= self.shallow.shape[1]:
+            return _State(self.shallow.shape[1], True, skipped, unguided)
+        return _State(gap, guided_anchor, skipped, unguided)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Labels:
+    """The plans up to a step that end in one state and that none of them beats, fastest first.
+
+    They were chosen among `parents`, (state before, mode) pairs whose labels stood one after the
+    other: `chosen` are places in that row, `starts` where each parent's begin.
+    """
+
+    ns: NDArray[np.int64]
+    error: NDArray[np.float64]
+    parents: Sequence[tuple[_State, Mode]]
+    starts: Sequence[int]
+    chosen: NDArray[np.int64]
+
+    def parent(self, label: int) -> tuple[_State, Mode, int]:
+        """Returns the state that a label came from, by which mode, and from which label there."""
+        place = int(self.chosen[label])
+        index = bisect_right(self.starts, place) - 1
+        return *self.parents[index], place - self.starts[index]
+
+
+def search_frontier(
+    errors: ReuseErrors, mode_ms: Mapping[Mode, float]
+) -> list[tuple[CacheSchedule, float]]:
+    """Returns the schedules that no other beats in both time and error, each with its error, the
+    fastest first.
+
+    Exact for the sum of the steps' times (to a nanosecond) and of their errors. What a forecast
+    costs is taken to depend on how far back the last computed value lies, not on how far back
+    the one before it does.
+
+    Args:
+        errors: Of T steps.
+        mode_ms: What a step of each mode takes.
+    """
+    ns = {mode: round(taken * _NS_PER_MS) for mode, taken in mode_ms.items()}
+    first = _Labels(np.array([ns[Mode.FULL]]), np.zeros(1), (), (), np.zeros(1, np.int64))
+    layers = [{_State(): first}]
+    for step in range(1, len(errors.shallow)):
+        found = defaultdict(list)
+        for state, labels in layers[-1].items():
+            for mode, after, error in errors._moves(step, state):
+                found[after].append((state, mode, labels.ns + ns[mode], labels.error + error))
+        layers.append({after: _undominated(parts) for after, parts in found.items()})
+    ends = [(state, Mode.FULL, labels.ns, labels.error) for state, labels in layers[-1].items()]
+    best = _undominated(ends)
+    return [
+        (_traced(layers, best.parent(label)), float(error))
+        for label, error in enumerate(best.error)
+    ]
+
+
+def _undominated(
+    parts: Sequence[tuple[_State, Mode, NDArray[np.int64], NDArray[np.float64]]],
+) -> _Labels:
+    """Returns the labels of all parts that are faster or better than every other."""
+    ns = np.concatenate([part[2] for part in parts])
+    error = np.concatenate([part[3] for part in parts])
+    order = ns.argsort(kind="stable")  # merges runs, which the parts are
+    ns, error = ns[order], error[order]
+    better = np.ones(len(ns), bool)
+    np.less(error[1:], np.minimum.accumulate(error)[:-1], out=better[1:])
+    ns, error, order = ns[better], error[better], order[better]
+    last = np.ones(len(ns), bool)  # of equally fast ones the best
+    np.greater(ns[1:], ns[:-1], out=last[:-1])
+    starts = [0, *accumulate(len(part[2]) for part in parts)]
+    pairs = [(state, mode) for state, mode, *_ in parts]
+    return _Labels(ns[last], error[last], pairs, starts, order[last])
+
+
+def _traced(
+    layers: Sequence[Mapping[_State, _Labels]], end: tuple[_State, Mode, int]
+) -> CacheSchedule:
+    """Returns the schedule that a label of the last layer stands for."""
+    state, _, label = end
+    modes = []
+    for layer in reversed(layers[1:]):
+        state, mode, label = layer[state].parent(label)
+        modes.append(mode)
+    return CacheSchedule((Mode.FULL, *reversed(modes)))

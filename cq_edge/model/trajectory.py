@@ -1,0 +1,109 @@
+"""The denoising loop as calibration runs it: with the full graph at every step, watched."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cq_edge.errors import CalibrationError
+from cq_edge.noise_scheduler import NoiseScheduler
+
+FullGraph = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Prompt = tuple[Tensor, Tensor]
+"""The (uncond, cond) embeddings of a prompt, each (1, 77, D)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Visit:
+    """One step of one prompt: what the network saw and said, and the latents around it.
+
+    `before` and `history` are what the step started from, `seen` is `before` scaled for the
+    network. `features` are the branches' cached features, each (1, C, h, w), the guided branch
+    last; `difference` is what the branches' predictions differ by, 0 where there is one branch.
+    """
+
+    step: int
+    timestep: Tensor
+    before: Tensor
+    history: tuple[Tensor, ...]
+    seen: Tensor
+    noise_pred: Tensor
+    difference: Tensor
+    features: tuple[Tensor, ...]
+    after: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loop:
+    """A full graph, how its predictions become latents, and the seed of the first noise."""
+
+    full: FullGraph
+    noise_scheduler: NoiseScheduler
+    latents_shape: tuple[int, int, int]
+    guidance_scale: float
+    seed: int = 0
+
+    def run(self, number: int, prompt: Prompt) -> Iterator[Visit]:
+        """Runs prompt `number` through all steps; its noise is of seed + number.
+
+        Raises:
+            CalibrationError: A step gives something non-finite.
+        """
+        latents = _noise((1, *self.latents_shape), self.seed + number)
+        return self.resume(number, prompt, 0, latents * self.noise_scheduler.init_noise_sigma, ())
+
+    def resume(
+        self, number: int, prompt: Prompt, start: int, latents: Tensor, history: tuple[Tensor, ...]
+    ) -> Iterator[Visit]:
+        """Runs the steps from `start` on, from what the step before left."""
+        for step in range(start, len(self.noise_scheduler.timesteps)):
+            before, past = latents, history
+            timestep = torch.tensor([self.noise_scheduler.timesteps[step]])
+            seen = self.noise_scheduler.model_input(latents, step)
+            # branch by branch, as the exported graphs run: activations are quantised per run
+            runs = [self.full(seen, timestep, context) for context in self.branches(prompt)]
+            predictions = [prediction for prediction, _ in runs]
+            noise_pred, difference = self.guided(predictions), predictions[-1] - predictions[0]
+            features = tuple(feature for _, feature in runs)
+            _check_finite(number, step, noise_pred, features)
+            latents, history = self.noise_scheduler.advance(latents, noise_pred, step, history)
+            yield Visit(
+                step, timestep, before, past, seen, noise_pred, difference, features, latents
+            )
+
+    def branches(self, prompt: Prompt) -> Sequence[Tensor]:
+        """Returns the embeddings that are run."""
+        return prompt[1:] if self.guidance_scale == 1.0 else prompt
+
+    def guided(self, predictions: list[Tensor]) -> Tensor:
+        """Returns the guided noise prediction of the branches'."""
+        if len(predictions) == 1:
+            return predictions[0]
+        uncond, cond = predictions
+        return uncond + self.guidance_scale * (cond - uncond)
+
+
+def mean_square(x: Tensor) -> float:
+    """Returns the mean of the squares."""
+    return float(x.square().mean())
+
+
+def _check_finite(number: int, step: int, noise_pred: Tensor, features: tuple[Tensor, ...]) -> None:
+    for feature in features:
+        finite = torch.isfinite(feature).all(dim=(0, 2, 3))
+        if not finite.all():
+            raise CalibrationError(
+                f"prompt {number}, step {step}: channel {int(finite.int().argmin())} of the "
+                "cached feature is not finite"
+            )
+    if not torch.isfinite(noise_pred).all():
+        raise CalibrationError(
+            f"prompt {number}, step {step}: the denoiser gave a non-finite prediction"
+        )
+
+
+def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))

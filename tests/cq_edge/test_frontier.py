@@ -1,0 +1,102 @@
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+
+from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.errors import ScheduleError
+from cq_edge.frontier import ReuseErrors, search_frontier
+
+MODE_MS = dict(zip(Mode, (20.0, 6.0, 0.1, 10.1, 3.1), strict=True))
+
+
+def random_errors(seed, steps=7, gaps=(3, 2, 2)):
+    """Errors with and without order: rising with the gap, and not."""
+    rng = np.random.default_rng(seed)
+    rise = (lambda gap: gap) if seed % 2 else (lambda gap: gap > 0)
+    return ReuseErrors(
+        *(rng.uniform(0.1, 1, (steps, g + 1)) * rise(np.arange(g + 1)) for g in gaps)
+    )
+
+
+def every_schedule(errors):
+    """Every schedule that the errors cover, with its error."""
+    for rest in product("FSKfs", repeat=len(errors.shallow) - 1):
+        try:
+            schedule = CacheSchedule.from_string("F" + "".join(rest))
+            yield schedule, errors.total(schedule)
+        except ScheduleError:
+            continue
+
+
+def taken_ms(schedule):
+    return sum(MODE_MS[mode] for mode in schedule.modes)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_schedule_beats_the_frontier(seed):
+    errors = random_errors(seed)
+    frontier = [(taken_ms(s), error) for s, error in search_frontier(errors, MODE_MS)]
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(frontier))
+    count = 0
+    for schedule, error in every_schedule(errors):
+        ms, count = taken_ms(schedule), count + 1
+        assert min(e for t, e in frontier if t <= ms + 1e-6) <= error + 1e-12
+    assert count > 5000
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_schedule_of_the_frontier_has_the_error_it_comes_with(seed):
+    errors = random_errors(seed)
+    for schedule, error in search_frontier(errors, MODE_MS):
+        assert errors.total(schedule) == pytest.approx(error)
+
+
+def test_the_total_adds_up_what_each_step_builds_on():
+    errors = random_errors(1)
+    shallow, skip, unguided = errors.shallow, errors.skip, errors.unguided
+    expected = {
+        "FSSFKKS": shallow[0, 1] + shallow[0, 2] + skip[3, 1] + skip[3, 2] + shallow[3, 3],
+        "FfsFFFF": unguided[0, 1] + shallow[1, 1] + unguided[0, 2],
+        "FFsKSFF": shallow[1, 1] + unguided[1, 1] + skip[2, 1] + shallow[1, 3],
+        "FKfFFFF": skip[0, 1] + unguided[0, 2],
+        "FFFFFFF": 0.0,
+    }
+    for modes, total in expected.items():
+        assert errors.total(CacheSchedule.from_string(modes)) == pytest.approx(total)
+
+
+@pytest.mark.parametrize(
+    ("modes", "message"),
+    [
+        ("FSSSSFF", "step 4 of FSSSSFF is shallow, but what it would build on is further back than "
+         "was measured: make it full"),
+        ("FKKKFFF", "step 3 of FKKKFFF is skip, but what it would build on is further back than "
+         "was measured: make it full or shallow"),
+        ("FfffFFF", "step 3 of FfffFFF is full unguided, but what it would build on is further "
+         "back than was measured: make it full or skip"),
+        ("FF", "the schedule has 2 steps and the errors are of 7: they must be equal"),
+    ],
+)  # fmt: skip
+def test_refuses_what_was_not_measured(modes, message):
+    errors = random_errors(0)
+    with pytest.raises(ScheduleError) as caught:
+        errors.total(CacheSchedule.from_string(modes))
+    assert str(caught.value).startswith(message)
+
+
+def test_an_array_of_one_column_rules_its_mode_out():
+    errors = random_errors(0)
+    never = np.zeros((7, 1))
+    only = ReuseErrors(errors.shallow, never, never)
+    for schedule, _ in search_frontier(only, MODE_MS):
+        assert set(schedule.modes) <= {Mode.FULL, Mode.SHALLOW}
+
+
+def test_the_whole_frontier_of_fifty_steps_takes_well_under_a_second():
+    from time import process_time
+
+    errors = random_errors(1, 51, (10, 4, 3))
+    start = process_time()
+    assert len(search_frontier(errors, MODE_MS)) > 100
+    assert process_time() - start < 1
