@@ -4,7 +4,8 @@ Every prompt is run twice, with the full graph at every step. The first run comp
 features of every anchor step i and later step k = i + gap: their L1 distance (the paper's
 objective) and the per-channel correction that maps one onto the other best. The second run also
 predicts each step k with the shallow graph from every corrected feature i, and measures by how
-much the guided noise prediction is wrong. What forecasts would miss is measured on the first run.
+much the guided noise prediction is wrong; a correction that makes it worse than none is dropped.
+What forecasts would miss is measured on the first run.
 """
 
 from collections.abc import Callable, Sequence
@@ -92,7 +93,7 @@ def capture(
         raise CalibrationError("calibration needs at least one prompt")
     total = len(noise_scheduler.timesteps)
     loop = Loop(full, noise_scheduler, latents_shape, guidance_scale, seed)
-    features = _FeatureRun(total, min(max_gap, total - 1), sampled_steps)
+    features = _FeatureRun(total, min(max_gap, total - 1), sampled_steps, loop.guided)
     predictions = _ForecastRun(noise_scheduler.sigmas, min(MAX_SKIP, total - 1))
     # without guidance there is no negative prompt to leave out
     unguided = 0 if guidance_scale == 1 else min(MAX_UNGUIDED, total - 1)
@@ -104,14 +105,16 @@ def capture(
             differences.take(visit.step, (guidance_scale - 1) * visit.difference)
             on_step()
     gain, bias = features.corrections()
-    squares = _reuse_squares(loop, shallow, prompts, gain, bias, on_step)
+    plain, repaired = _reuse_squares(loop, shallow, prompts, gain, bias, on_step)
+    worse = repaired > plain
+    gain[worse], bias[worse] = 1, 0
     table = ReuseTable(
         noise_scheduler=noise_scheduler.name,
         steps=noise_scheduler.steps,
         guidance_scale=guidance_scale,
         timesteps=np.asarray(noise_scheduler.timesteps, np.float32),
         influence=influence,
-        noise_pred=_means(squares, len(prompts)),
+        noise_pred=_means(np.minimum(plain, repaired), len(prompts)),
         feature_l1=features.l1(),
         skip=_means(predictions.squares, len(prompts)),
         unguided=_means(differences.squares, len(prompts)),
@@ -128,22 +131,24 @@ def _reuse_squares(
     gain: NDArray[np.float32],
     bias: NDArray[np.float32],
     on_step: Callable[[], object],
-) -> NDArray[np.float64]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Returns (T, G+1) mean squared errors of the guided noise prediction of every step i + g
-    with the corrected features of step i, summed over the prompts."""
-    squares = np.zeros(gain.shape[:2])
+    with the features of step i as they are, and with them corrected, summed over the prompts."""
+    plain, repaired = np.zeros((2, *gain.shape[:2]))
     max_gap = gain.shape[1] - 1
+    nothing = (torch.ones(gain.shape[2]), torch.zeros(gain.shape[2]))
     for number, prompt in enumerate(prompts):
         anchors: list[Visit] = []
         for visit in loop.run(number, prompt):
             anchors = [*anchors, visit][-1 - max_gap :]
             for gap, anchor in enumerate(reversed(anchors[:-1]), start=1):
                 pair = (anchor.step, gap)
-                repaired = (torch.from_numpy(gain[pair]), torch.from_numpy(bias[pair]))
-                reused = _shallow_prediction(loop, shallow, visit, prompt, anchor, repaired)
-                squares[pair] += mean_square(reused - visit.noise_pred)
+                fitted = (torch.from_numpy(gain[pair]), torch.from_numpy(bias[pair]))
+                for squares, correction in ((plain, nothing), (repaired, fitted)):
+                    reused = _shallow_prediction(loop, shallow, visit, prompt, anchor, correction)
+                    squares[pair] += mean_square(reused - visit.noise_pred)
             on_step()
-    return squares
+    return plain, repaired
 
 
 def _shallow_prediction(
@@ -173,22 +178,37 @@ def _means(squares: NDArray[np.float64], count: int) -> NDArray[np.float64]:
 class _FeatureRun:
     """What the first run measures: of every (anchor, step) pair, and samples on the way."""
 
-    def __init__(self, total: int, max_gap: int, sampled_steps: int) -> None:
+    def __init__(
+        self,
+        total: int,
+        max_gap: int,
+        sampled_steps: int,
+        guided: Callable[[list[Tensor]], Tensor],
+    ) -> None:
         self.max_gap = max_gap
         self.samples: list[StepSample] = []
         self.finals: list[NDArray[np.float32]] = []
         self._total = total
+        self._guided = guided
         self._pairs = [
             [_PairSum() for _ in range(min(max_gap, total - 1 - i))] for i in range(total)
         ]
         self._kept = set(np.linspace(0, total - 1, sampled_steps).round().astype(int).tolist())
-        self._recent: list[NDArray[np.float32]] = []  # of the last max_gap + 1 steps
+        # of the last max_gap + 1 steps: each branch's feature, and with guidance the guided one
+        self._recent: list[NDArray[np.float32]] = []
 
     def take(self, visit: Visit, prompt: Prompt) -> None:
-        """Takes in the next step of a prompt's run."""
+        """Takes in the next step of a prompt's run.
+
+        Guidance multiplies what the branches' features differ by, and with it what a correction
+        fitted to the branches alone does to that. So their guided combination is fitted too.
+        """
         if visit.step == 0:
             self._recent = []
-        feature = torch.cat(visit.features).numpy()
+        features = list(visit.features)
+        if len(features) > 1:
+            features.append(self._guided(features))
+        feature = torch.cat(features).numpy()
         self._recent = [*self._recent, feature][-1 - self.max_gap :]
         for gap, anchor in enumerate(reversed(self._recent[:-1]), start=1):
             self._pairs[visit.step - gap][gap - 1].add(anchor, feature)
@@ -226,7 +246,7 @@ class _FeatureRun:
                 float(visit.timestep),
                 visit.seen.numpy(),
                 prompt[1].numpy(),
-                self._recent[-1 - gap][-1:],
+                self._recent[-1 - gap][:2][-1:],
             )
         )
 
@@ -264,8 +284,9 @@ class _PairSum:
         self.count = 0
 
     def add(self, anchor: NDArray[np.float32], later: NDArray[np.float32]) -> None:
+        """Takes in (1 or 3, C, h, w) features; the guided one, if any, is the third."""
         channels = anchor.shape[1]
         x, y = (np.moveaxis(f, 1, -1).reshape(-1, channels) for f in (anchor, later))
         self.moments.add(x, y)
-        self.l1 += float(np.abs(y - x).mean(dtype=np.float64))
+        self.l1 += float(np.abs(later[:2] - anchor[:2]).mean(dtype=np.float64))
         self.count += 1

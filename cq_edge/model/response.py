@@ -17,6 +17,9 @@ from cq_edge.model.trajectory import Loop, Prompt, Visit, mean_square
 
 _LAST_STEPS, _STRIDE = 5, 8  # of the steps that are tried: all of the last, then every so many
 _LEAST = 1e-12
+_MEASURED_SHARE = 0.25
+"""The weight of what was measured against the noise scheduler's own, in logarithms. Tried from 0
+to 1 on the demo model at 5 and 8 times the speed; best by PSNR, if by 1 dB and 0.3 dB over 0."""
 
 
 @torch.no_grad()
@@ -26,9 +29,10 @@ def measure_influence(
     """Returns (T,): what a mean squared error at each step adds to the final latents' error.
 
     Tries a forecast in place of the prediction at some steps, one at a time, and goes on with the
-    full graph. Errors of many steps in a row are mended less than one alone, since the denoiser
-    does not run in between; what is returned is therefore the geometric mean of what was measured
-    and of what the noise scheduler alone would make of it.
+    full graph. One error alone is mended better than many in a row, between which the denoiser
+    does not run, and a few prompts do not show that an early error now and then tips a picture
+    into another. What is returned is therefore a geometric mean of what was measured and of what
+    the noise scheduler alone would make of it.
 
     Args:
         loop: With a float denoiser: dynamic quantisation would drown small errors in its noise.
@@ -47,7 +51,7 @@ def measure_influence(
             measured[index] += _response(loop, number, prompt, visits, step, on_step)
     kept = measured / len(prompts) / np.maximum(alone[tried], _LEAST)
     logs = np.interp(np.arange(len(alone)), tried, np.log(np.maximum(kept, _LEAST)))
-    influence: NDArray[np.float64] = alone * np.exp(logs / 2)
+    influence: NDArray[np.float64] = alone * np.exp(_MEASURED_SHARE * logs)
     return influence
 
 

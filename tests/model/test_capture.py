@@ -43,6 +43,11 @@ def _by_step(recorder, prompt):
     return [np.concatenate(kept[i : i + 2]) for i in range(0, len(kept), 2)]
 
 
+def _with_guided(branches, scale):
+    """Both branches' features and the guided one, (3, 6, h, w)."""
+    return np.concatenate([branches, branches[:1] + scale * (branches[1:] - branches[:1])])
+
+
 def _prompts(count):
     generator = torch.Generator().manual_seed(0)
     make = lambda: torch.randn(1, 77, 8, generator=generator)  # noqa: E731
@@ -60,17 +65,22 @@ def test_errors_and_corrections_are_those_of_the_features_seen():
     ).table
     assert table.feature_l1.shape == (_STEPS, 4)
     by_prompt = [_by_step(recorder, n) for n in range(3)]
+    kept = 0
     for anchor in range(_STEPS):
         for gap in range(1, min(3, _STEPS - 1 - anchor) + 1):
             pairs = [(f[anchor], f[anchor + gap]) for f in by_prompt]
             expected = np.mean([np.abs(y - x).mean() for x, y in pairs])
             assert table.feature_l1[anchor, gap] == pytest.approx(expected, rel=1e-6)
-            x, y = (np.concatenate([p[i] for p in pairs]) for i in (0, 1))
+            x, y = (np.concatenate([_with_guided(p[i], 7.5) for p in pairs]) for i in (0, 1))
             x, y = (np.moveaxis(a, 1, -1).reshape(-1, 6) for a in (x, y))
             fitted = fit_correction(x, y)
             measured = table.correction(anchor, anchor + gap)
+            if (measured.gain == 1).all():
+                continue  # dropped, which the next test is about
+            kept += 1
             np.testing.assert_allclose(measured.gain, fitted.gain, rtol=1e-4)
             np.testing.assert_allclose(measured.bias, fitted.bias, rtol=1e-4, atol=1e-5)
+    assert kept > 5
 
 
 def test_noise_prediction_errors_are_what_the_corrected_features_leave():
@@ -98,6 +108,24 @@ def test_noise_prediction_errors_are_what_the_corrected_features_leave():
                 guided = (left[0] + scale * (left[1] - left[0]))[:4]
                 squares.append(np.square(guided).mean())
             assert table.noise_pred[anchor, gap] == pytest.approx(np.mean(squares), rel=1e-3)
+
+
+def test_a_correction_that_makes_predictions_worse_is_dropped():
+    def picky(*inputs):
+        return _shallow(*inputs) + 5 * (inputs[4] != 1).any()
+
+    recorder = _Recorder(2, 1)
+    table = capture(
+        recorder, picky, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, max_gap=2, guidance_scale=2
+    ).table
+    features = _by_step(recorder, 0)
+    for anchor, gap in ((0, 1), (1, 2), (4, 1)):
+        correction = table.correction(anchor, anchor + gap)
+        assert (correction.gain == 1).all()
+        assert (correction.bias == 0).all()
+        left = (features[anchor] - features[anchor + gap])[:, :4]
+        expected = np.square(2 * left[1] - left[0]).mean()
+        assert table.noise_pred[anchor, gap] == pytest.approx(expected, rel=1e-3)
 
 
 def test_forecast_errors_are_those_of_the_line_through_the_last_two_steps():

@@ -40,7 +40,7 @@ def test_a_denoiser_that_mends_makes_early_errors_worth_less():
     loop = _loop(_mending)
     alone = step_influence(loop.noise_scheduler) ** 2
     found = measure_influence(loop, _PROMPTS)
-    assert (found[:8] < 0.5 * alone[:8]).all()
+    assert (found[:8] < 0.8 * alone[:8]).all()
     assert found[-1] == pytest.approx(alone[-1], rel=1e-3)  # nobody comes after the last
 
 
