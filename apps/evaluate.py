@@ -18,13 +18,13 @@ from apps.engines import engine_for
 from apps.pictures import check_writable
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
-from cq_edge.cache_schedule import CacheSchedule
+from cq_edge.cache_schedule import CacheSchedule, paper_segment_bounds, plan_full_steps
 from cq_edge.errors import UsageError
 from cq_edge.latency import DeviceProfile
 from cq_edge.metrics import mean_interval, psnr_db, ssim
 from cq_edge.noise_scheduler import make_noise_scheduler
 from cq_edge.planner import plan_frontier
-from cq_edge.reuse_table import OBJECTIVES, ReuseTable
+from cq_edge.reuse_table import ReuseTable
 from cq_edge.scenes import Scene, scenes
 from runtime.bundle import Bundle, open_bundle
 from runtime.draw import Method, draw
@@ -180,7 +180,7 @@ def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
     steps, table = ours.table.steps, ours.table
     budget_ms = reference.loop_ms(reference.full) / speedup
     plan = _planned(ours, budget_ms)
-    paper = _planned(ours, budget_ms, "feature_l1")
+    paper = _papers(ours, budget_ms)
     bare = table.without_corrections()
     return [
         Variant("float32", reference.make(steps, reference.full, None)),
@@ -198,11 +198,26 @@ def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
     ]
 
 
-def _planned(side: Side, budget_ms: float, objective: str = OBJECTIVES[0]) -> CacheSchedule:
+def _planned(side: Side, budget_ms: float) -> CacheSchedule:
     """Returns the plan of least error whose loop keeps a budget, or the fastest."""
-    frontier = plan_frontier(side.table.reuse_errors(objective), side.profile, 2)
+    frontier = plan_frontier(side.table.reuse_errors(), side.profile, 2)
     fits = [plan for plan in frontier if side.loop_ms(plan.schedule) <= budget_ms]
     return (fits[-1] if fits else frontier[0]).schedule
+
+
+def _papers(side: Side, budget_ms: float) -> CacheSchedule:
+    """Returns the paper's schedule (full and shallow steps by the features' distance, in segments
+    of bounded length) whose loop keeps a budget, or the fastest."""
+    errors = side.table.errors("feature_l1")
+    total, longest = errors.shape
+
+    def schedule(full_steps: int) -> CacheSchedule:
+        shortest, most = paper_segment_bounds(total, full_steps)
+        most = min(most, longest)
+        return plan_full_steps(errors, full_steps, min_segment=shortest, max_segment=most)
+
+    choices = [schedule(count) for count in range(total, -(-total // longest) - 1, -1)]
+    return next((c for c in choices if side.loop_ms(c) <= budget_ms), choices[-1])
 
 
 def _uniform(side: Side, budget_ms: float) -> Method:
@@ -307,10 +322,10 @@ def _frontier(
     points = []
     for speedup in _FRONTIER_SPEEDUPS:
         plan = _planned(ours, whole / speedup)
-        paper = _planned(ours, whole / speedup, "feature_l1")
+        paper = _papers(ours, whole / speedup)
         points += [
             Variant("ours", ours.make(ours.table.steps, plan, ours.table)),
-            Variant("full and shallow, feature_l1", ours.make(ours.table.steps, paper, ours.table)),
+            Variant("naive, corrected", ours.make(ours.table.steps, paper, ours.table)),
             Variant("uniform cache", _uniform(ours, whole / speedup)),
             *(
                 Variant(f"fewer steps, {name}", _fewer_steps(ours, whole / speedup, name))

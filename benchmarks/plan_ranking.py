@@ -8,6 +8,8 @@ and compares the final latents with those of every step full on the same graphs:
 """
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from apps.engines import engine_for
-from cq_edge.cache_schedule import CacheSchedule, total_error
+from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.metrics import spearman_rho
 from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 from cq_edge.scenes import scenes
@@ -27,13 +29,27 @@ from runtime.engine import Engine
 _SCENES_SEED = 40_000_001
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Panel:
+    """Some plans, with what an objective predicts of them and what was measured."""
+
+    plans: str
+    objective: str
+    predicted: NDArray[np.float64]
+    measured: NDArray[np.float64]
+
+    @property
+    def rho(self) -> float:
+        return spearman_rho(self.predicted, self.measured)
+
+
 def main() -> None:
     """Draws plans, runs them, writes the correlation and a plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--plans", type=int, default=80)
+    parser.add_argument("--plans", type=int, default=60, help="with skip steps and without")
     parser.add_argument("--captions", type=int, default=4, help="each with its own seed")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
@@ -42,16 +58,20 @@ def main() -> None:
     defaults = bundle.manifest.defaults
     table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
     rng = np.random.default_rng(0)
-    plans = [_random_plan(rng, table) for _ in range(args.plans)]
+    reusing = [_random_plan(rng, table) for _ in range(args.plans)]
+    plans = [*reusing, *(_with_skips(rng, plan, table) for plan in reusing)]
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
     measured = _measure(bundle, engine_for(bundle, args.threads), table, plans, captions)
-    predicted = {
-        name: np.array([total_error(table.errors(name), plan) for plan in plans])
+    half = len(reusing)
+    panels = [
+        _Panel("full and shallow", name, _predicted(table, name, reusing), measured[:half])
         for name in OBJECTIVES
-    }
-    counts = np.array([plan.counts["full"] for plan in plans])
-    _plot(predicted, measured, counts, args.docs / "plan_ranking.png")
-    text = _table(predicted, measured, counts, args.captions, bundle)
+    ]
+    skipping = _predicted(table, OBJECTIVES[0], plans[half:])
+    panels.append(_Panel("full, shallow and skip", OBJECTIVES[0], skipping, measured[half:]))
+    counts = np.array([plan.counts["full"] for plan in reusing])
+    _plot(panels, counts, args.docs / "plan_ranking.png")
+    text = _table(panels, counts, args.captions, bundle)
     (args.docs / "plan_ranking.md").write_text(text, encoding="utf-8")
     print(text)
 
@@ -66,6 +86,23 @@ def _random_plan(rng: np.random.Generator, table: ReuseTable) -> CacheSchedule:
         plan = CacheSchedule.from_string("".join("F" if i in full else "S" for i in range(total)))
         if plan.max_gap <= table.max_gap:
             return plan
+
+
+def _with_skips(rng: np.random.Generator, plan: CacheSchedule, table: ReuseTable) -> CacheSchedule:
+    """Returns a plan with a random share of its shallow steps skipped, as far as the table goes."""
+    share, skipped, modes = rng.random(), 0, []
+    for mode in plan.modes:
+        skips = mode is Mode.SHALLOW and skipped < table.skip.shape[1] - 1 and rng.random() < share
+        modes.append(Mode.SKIP if skips else mode)
+        skipped = skipped + 1 if skips else 0
+    return CacheSchedule(tuple(modes))
+
+
+def _predicted(
+    table: ReuseTable, objective: str, plans: Sequence[CacheSchedule]
+) -> NDArray[np.float64]:
+    errors = table.reuse_errors(objective)
+    return np.array([errors.total(plan) for plan in plans])
 
 
 def _measure(
@@ -87,19 +124,18 @@ def _measure(
 
 
 def _table(
-    predicted: dict[str, NDArray[np.float64]],
-    measured: NDArray[np.float64],
-    counts: NDArray[np.int64],
-    captions: int,
-    bundle: Bundle,
+    panels: Sequence[_Panel], counts: NDArray[np.int64], captions: int, bundle: Bundle
 ) -> str:
-    lines = ["| predicted error | Spearman's rho with the measured error |", "| --- | --- |"]
-    lines += [f"| `{name}` | {spearman_rho(p, measured):.3f} |" for name, p in predicted.items()]
+    lines = [
+        "| plans | predicted error | Spearman's rho with the measured error |",
+        "| --- | --- | --- |",
+        *(f"| {panel.plans} | `{panel.objective}` | {panel.rho:.3f} |" for panel in panels),
+    ]
     defaults = bundle.manifest.defaults
     lines += [
         "",
-        f"{len(measured)} random plans with {counts.min()} to {counts.max()} full steps, "
-        f"{captions} held-out captions and seeds each, {defaults.noise_scheduler.upper()} "
+        f"{len(counts)} random plans of each kind with {counts.min()} to {counts.max()} full "
+        f"steps, {captions} held-out captions and seeds each, {defaults.noise_scheduler.upper()} "
         f"{defaults.steps} steps, guidance {defaults.guidance_scale:g}. Measured: mean squared "
         "error of the final latents against every step full on the same graphs. `noise_pred` is "
         "our objective, `feature_l1` the paper's.",
@@ -109,21 +145,16 @@ def _table(
     return "\n".join(lines) + "\n"
 
 
-def _plot(
-    predicted: dict[str, NDArray[np.float64]],
-    measured: NDArray[np.float64],
-    counts: NDArray[np.int64],
-    path: Path,
-) -> None:
+def _plot(panels: Sequence[_Panel], counts: NDArray[np.int64], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(predicted), figsize=(5.5 * len(predicted), 4))
-    for axis, (name, errors) in zip(axes, predicted.items(), strict=True):
-        dots = axis.scatter(errors, measured, c=counts, s=18)
-        title = f"{name}: rho {spearman_rho(errors, measured):.3f}"
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4))
+    for axis, panel in zip(axes, panels, strict=True):
+        dots = axis.scatter(panel.predicted, panel.measured, c=counts, s=18)
+        title = f"{panel.plans}, {panel.objective}: rho {panel.rho:.3f}"
         axis.set(xscale="log", yscale="log", xlabel="predicted error", title=title)
     axes[0].set(ylabel="measured error of the final latents")
     figure.colorbar(dots, ax=axes, label="full steps")

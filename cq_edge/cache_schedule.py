@@ -196,34 +196,6 @@ def plan_full_steps(
     return CacheSchedule._with_full(step_count, frozenset(anchors))
 
 
-def total_error(errors: NDArray[np.float64], schedule: CacheSchedule) -> float:
-    """Returns the sum of the reuse errors of a schedule's shallow steps.
-
-    Args:
-        errors: (T, G+1) as for `plan_full_steps`.
-        schedule: T steps, none of them skip, no gap above G.
-
-    Raises:
-        ScheduleError: The schedule does not fit the table.
-    """
-    _check_errors(errors)
-    step_count, columns = errors.shape
-    if len(schedule) != step_count:
-        raise ScheduleError(
-            f"the schedule has {len(schedule)} steps and the error table {step_count}: "
-            "they must be equal"
-        )
-    for step, mode in enumerate(schedule.modes):
-        if mode is Mode.SKIP or mode.is_unguided:
-            raise ScheduleError(f"step {step} is {mode}: a reuse error is known for shallow only")
-    if schedule.max_gap >= columns:
-        raise ScheduleError(
-            f"the schedule has a gap of {schedule.max_gap} and the error table goes up to "
-            f"{columns - 1}: use more full steps, or calibrate with a larger max_gap"
-        )
-    return float(sum(errors[a, s - a] for s, a in enumerate(schedule.anchors)))
-
-
 def paper_segment_bounds(step_count: int, full_steps: int) -> tuple[int, int]:
     """Returns the fewest and the most steps of a segment that the paper allows.
 

@@ -55,7 +55,7 @@ def test_every_way_is_compared_with_float32(evaluate):
     assert rows["uniform cache"]["plan"]["modes"] == CacheSchedule.uniform(10, 3).to_string()
     assert rows["fewer steps, ddim"]["plan"]["steps"] == 5
     assert {row["name"] for row in report["frontier"]} == {
-        "ours", "full and shallow, feature_l1", *NAMES[-3:]
+        "ours", "naive, corrected", *NAMES[-3:]
     }  # fmt: skip
     page = Path("report.html").read_text()
     assert all(f"<td>{name}</td>" in page for name in NAMES)

@@ -1,0 +1,139 @@
+"""How skip steps should forecast the noise prediction: reuse, a line or a parabola, and over what.
+
+Runs captions that calibration never saw with the full graph at every step, and forecasts each
+guided noise prediction from the ones before it:
+
+    cq-edge build -o out/demo/bundle
+    python -m benchmarks.forecasts out/demo/bundle     # writes docs/forecasts.md
+"""
+
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from apps.engines import engine_for
+from cq_edge.model.capture import MAX_SKIP
+from cq_edge.noise_scheduler import NoiseScheduler, make_noise_scheduler
+from cq_edge.scenes import scenes
+from runtime.bundle import Bundle, open_bundle
+from runtime.denoise import Guidance
+from runtime.engine import Engine
+from runtime.generate import encode_prompt, initial_latents
+
+_SCENES_SEED = 50_000_001
+_ORDERS = {"reuse": 0, "line": 1, "parabola": 2, "cubic": 3}
+_FIRST = 10  # the first step that every order reaches at every gap without PNDM's twin steps
+
+
+def main() -> None:
+    """Runs the captions, forecasts, writes the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--captions", type=int, default=16, help="each with its own seed")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    bundle = open_bundle(args.bundle)
+    defaults = bundle.manifest.defaults
+    noise_scheduler = make_noise_scheduler(
+        defaults.noise_scheduler, defaults.steps, bundle.manifest.noise_schedule
+    )
+    influence = bundle.reuse_table(defaults.noise_scheduler, defaults.steps).influence
+    captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
+    engine = engine_for(bundle, args.threads)
+    runs = [
+        _predictions(engine, bundle, noise_scheduler, caption, seed)
+        for seed, caption in enumerate(tqdm(captions, desc="captions"), start=3_000)
+    ]
+    text = _table(np.stack(runs), noise_scheduler, influence, bundle)
+    (args.docs / "forecasts.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _predictions(
+    engine: Engine, bundle: Bundle, noise_scheduler: NoiseScheduler, caption: str, seed: int
+) -> NDArray[np.float64]:
+    """Returns (T, 4, h, w): the guided noise prediction of every step."""
+    tokenizer, size = bundle.tokenizer(), bundle.manifest.latents
+    prompt, negative = (encode_prompt(engine, tokenizer, text)[0] for text in (caption, ""))
+    guidance = Guidance(prompt, negative, bundle.manifest.defaults.guidance_scale)
+    shape = (size.channels, size.height, size.width)
+    latents = initial_latents(shape, seed, noise_scheduler.init_noise_sigma)
+    history, found = (), []
+    for step in range(len(noise_scheduler.timesteps)):
+        seen = {
+            "latents": noise_scheduler.model_input(latents, step),
+            "timestep": noise_scheduler.timesteps[step : step + 1],
+        }
+        uncond, cond = (
+            engine.run("denoise", {**seen, "embeddings": branch})["noise_pred"]
+            for branch in guidance.branches
+        )
+        guided = uncond + np.float32(guidance.scale) * (cond - uncond)
+        latents, history = noise_scheduler.advance(latents, guided, step, history)
+        found.append(guided[0].astype(np.float64))
+    return np.stack(found)
+
+
+def _table(
+    runs: NDArray[np.float64],
+    noise_scheduler: NoiseScheduler,
+    influence: NDArray[np.float64],
+    bundle: Bundle,
+) -> str:
+    axes = {"timestep": noise_scheduler.timesteps.astype(np.float64),
+            "sigma": np.array(noise_scheduler.sigmas)}  # fmt: skip
+    gaps = range(1, MAX_SKIP + 1)
+    lines = ["| forecast | over | " + " | ".join(f"gap {gap}" for gap in gaps) + " |",
+             "| --- | --- |" + " --- |" * len(gaps)]  # fmt: skip
+    for name, order in _ORDERS.items():
+        for axis, values in axes.items() if order else [("–", axes["sigma"])]:
+            errors = [_error(runs, values, influence, order, gap) for gap in gaps]
+            shown = " | ".join(f"{1e3 * error:.3f}" for error in errors)
+            lines.append(f"| {name} | {axis} | {shown} |")
+    defaults = bundle.manifest.defaults
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "A thousandth of the error of forecasting every step so many steps after the last "
+            "computed one: mean squared error of the guided noise prediction times the step's "
+            f"influence, summed over the steps. {len(runs)} held-out captions and seeds, "
+            f"{defaults.noise_scheduler.upper()} {defaults.steps} steps, guidance "
+            f"{defaults.guidance_scale:g}. The runtime takes the line over sigma.",
+            "",
+        ]
+    )
+
+
+def _error(
+    runs: NDArray[np.float64],
+    axis: NDArray[np.float64],
+    influence: NDArray[np.float64],
+    order: int,
+    gap: int,
+) -> float:
+    """Returns what forecasting every step `gap` steps ahead adds to the final error."""
+    total = 0.0
+    for step in range(_FIRST, len(axis)):
+        points = range(step - gap - order, step - gap + 1)
+        weights = _lagrange(axis[list(points)], axis[step])
+        forecast = np.einsum("p,np...->n...", weights, runs[:, list(points)])
+        total += influence[step] * float(np.square(forecast - runs[:, step]).mean())
+    return total
+
+
+def _lagrange(known: NDArray[np.float64], wanted: float) -> NDArray[np.float64]:
+    """Returns the weights of values at known places in the polynomial's value at another."""
+    others = [np.delete(known, i) for i in range(len(known))]
+    return np.array([np.prod((wanted - o) / (x - o)) for x, o in zip(known, others, strict=True)])
+
+
+if __name__ == "__main__":
+    main()
