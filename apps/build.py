@@ -5,7 +5,7 @@ import json
 import platform
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -29,6 +29,7 @@ from cq_edge.manifest import (
     write_manifest,
 )
 from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
+from cq_edge.reuse_table import ReuseTable
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -85,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", choices=NAMES, default="pndm", help="noise scheduler to calibrate for "
         "(default: %(default)s)")  # fmt: skip
     add("--steps", type=int, default=50, metavar="N", help="sampler steps (default: %(default)s)")
+    add("--also", action="append", default=[], metavar="NAME:N", help="calibrate for this noise "
+        "scheduler with N steps too, such as dpmsolver++:20, so that plans can choose it; may be "
+        "given more than once")  # fmt: skip
     add("--guidance-scale", type=float, metavar="X", help="(default: "
         f"{_DEMO_GUIDANCE:g} for the demo model, {_USUAL_GUIDANCE:g} for others)")  # fmt: skip
     add("--full-steps", type=int, metavar="N", help="full steps of the bundle's default plan "
@@ -128,7 +132,12 @@ def run(args: argparse.Namespace) -> int:
     if scale is None:
         scale = _DEMO_GUIDANCE if args.model is None else _USUAL_GUIDANCE
     schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
-    total = len(make_noise_scheduler(args.scheduler, args.steps, schedule).timesteps)
+    also = tuple(_other_steps(text) for text in args.also)
+    totals = [
+        len(make_noise_scheduler(name, steps, schedule).timesteps)
+        for name, steps in ((args.scheduler, args.steps), *also)
+    ]
+    total = totals[0]
     full_steps = _full_steps(args.full_steps, total, args.max_gap)
     config = OptimizeConfig(
         prompts=prompts,
@@ -139,26 +148,40 @@ def run(args: argparse.Namespace) -> int:
         shallow_layers=args.shallow_layers,
         quantization=args.quantization,
         compression=args.compression,
+        also=also,
     )
     optimized = _optimize(pipeline, config)
     defaults = Defaults(args.scheduler, args.steps, scale, full_steps)
     with written_beside(args.output) as folder:
         specs = _specs(optimized, pipeline)
         exported = _export(optimized, specs, folder)
-        runs = calibration_steps(len(prompts), total)
+        runs = calibration_steps(len(prompts), totals)
         with tqdm(total=runs, desc="calibrate", unit="step") as progress:
-            calibration = _calibrate(pipeline, config, optimized, specs, folder, progress.update)
-        inputs = parity_inputs(pipeline, config, calibration)
+            calibrations = _calibrate(pipeline, config, optimized, specs, folder, progress.update)
+        inputs = parity_inputs(pipeline, config, calibrations[0])
         results = _check(optimized, specs, exported, inputs, args.quantization, folder)
-        calibration.table.save(folder / _table_file(defaults))
+        tables = [calibration.table for calibration in calibrations]
+        for table in tables:
+            table.save(folder / _table_file(table))
         write_vocabulary(pipeline.tokenizer, folder / "tokenizer")
         name = "cq-edge demo model" if args.model is None else Path(args.model).name
         compression = _unet_compression(pipeline, results)
         conditions = _conditions(args.quantization, compression)
-        manifest = _manifest(name, optimized, pipeline, results, defaults, conditions)
+        manifest = _manifest(name, optimized, pipeline, results, defaults, tables, conditions)
         write_manifest(folder, manifest)
     _report(args, _summary(args.output, results, compression, perf_counter() - start), results)
     return 0
+
+
+def _other_steps(text: str) -> tuple[str, int]:
+    """Returns the noise scheduler and the steps that a `--also` names."""
+    name, _, steps = text.partition(":")
+    if name not in NAMES or not steps.isdecimal():
+        raise UsageError(
+            f"--also {text!r} is no noise scheduler with steps, such as dpmsolver++:20; noise "
+            f"schedulers are {', '.join(NAMES)}"
+        )
+    return name, int(steps)
 
 
 def _full_steps(asked: int | None, total: int, max_gap: int) -> int:
@@ -233,7 +256,7 @@ def _calibrate(
     specs: "Mapping[str, GraphSpec]",
     folder: Path,
     on_step: Callable[[], object],
-) -> "Calibration":
+) -> "tuple[Calibration, ...]":
     """Calibrates on the exported graphs: what is measured is what ships."""
     from cq_edge.model.optimize import calibrate
     from exporters.to_executorch import load_graph, tensor_function
@@ -279,8 +302,8 @@ def _check(
     return results
 
 
-def _table_file(defaults: Defaults) -> str:
-    return f"reuse_{defaults.noise_scheduler}_{defaults.steps}.npz"
+def _table_file(table: ReuseTable) -> str:
+    return f"reuse_{table.noise_scheduler}_{table.steps}.npz"
 
 
 def _manifest(
@@ -289,6 +312,7 @@ def _manifest(
     pipeline: "StableDiffusionPipeline",
     results: Mapping[str, _GraphResult],
     defaults: Defaults,
+    tables: Sequence[ReuseTable],
     conditions: Mapping[str, str | int | float],
 ) -> Manifest:
     tokenizer = pipeline.tokenizer
@@ -321,8 +345,9 @@ def _manifest(
             tokenizer.eos_token,
             tokenizer.pad_token,
         ),
-        reuse_tables=(
-            ReuseTableEntry(_table_file(defaults), defaults.noise_scheduler, defaults.steps),
+        reuse_tables=tuple(
+            ReuseTableEntry(_table_file(table), table.noise_scheduler, table.steps)
+            for table in tables
         ),
         conditions=conditions,
     )

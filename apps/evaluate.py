@@ -23,7 +23,7 @@ from cq_edge.errors import UsageError
 from cq_edge.latency import DeviceProfile
 from cq_edge.metrics import mean_interval, psnr_db, ssim
 from cq_edge.noise_scheduler import make_noise_scheduler
-from cq_edge.planner import plan_frontier
+from cq_edge.planner import Plan, plan_frontier
 from cq_edge.reuse_table import ReuseTable
 from cq_edge.scenes import Scene, scenes
 from runtime.bundle import Bundle, open_bundle
@@ -68,8 +68,19 @@ class Side:
 
     bundle: Bundle
     profile: DeviceProfile
-    table: ReuseTable
+    tables: tuple[ReuseTable, ...]
     make: Callable[[int, CacheSchedule, ReuseTable | None], Method]
+
+    @property
+    def table(self) -> ReuseTable:
+        """Of the bundle's own noise scheduler and steps."""
+        return self.tables[0]
+
+    def plan(self, plan: Plan, *, corrected: bool = True) -> Method:
+        """Returns how a plan is run."""
+        table = plan.table if corrected else plan.table.without_corrections()
+        method = self.make(table.steps, plan.schedule, table)
+        return replace(method, noise_scheduler=table.noise_scheduler)
 
     @property
     def full(self) -> CacheSchedule:
@@ -138,13 +149,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _side(bundle: Bundle, engine: Engine) -> Side:
-    defaults = bundle.manifest.defaults
-
     def make(steps: int, schedule: CacheSchedule, table: ReuseTable | None) -> Method:
         return Method(bundle, engine, steps, schedule, table)
 
-    table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
-    return Side(bundle, measure_graphs(engine, bundle), table, make)
+    return Side(bundle, measure_graphs(engine, bundle), bundle.reuse_tables(), make)
 
 
 def _require_same_model(reference: Bundle, ours: Bundle) -> None:
@@ -185,11 +193,11 @@ def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
     return [
         Variant("float32", reference.make(steps, reference.full, None)),
         Variant("quantised only", ours.make(steps, ours.full, None)),
-        Variant("cached only", reference.make(steps, plan, reference.table)),
+        Variant("cached only", reference.plan(_same(plan, reference))),
         Variant("naive", ours.make(steps, paper, bare)),
         Variant("naive, corrected", ours.make(steps, paper, table)),
-        Variant("ours without correction", ours.make(steps, plan, bare)),
-        Variant("ours", ours.make(steps, plan, table)),
+        Variant("ours without correction", ours.plan(plan, corrected=False)),
+        Variant("ours", ours.plan(plan)),
         Variant("uniform cache", _uniform(ours, budget_ms)),
         *(
             Variant(f"fewer steps, {name}", _fewer_steps(ours, budget_ms, name))
@@ -198,11 +206,27 @@ def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
     ]
 
 
-def _planned(side: Side, budget_ms: float) -> CacheSchedule:
+def _planned(side: Side, budget_ms: float) -> Plan:
     """Returns the plan of least error whose loop keeps a budget, or the fastest."""
-    frontier = plan_frontier(side.table.reuse_errors(), side.profile, 2)
+    frontier = plan_frontier(side.tables, side.profile, 2)
     fits = [plan for plan in frontier if side.loop_ms(plan.schedule) <= budget_ms]
-    return (fits[-1] if fits else frontier[0]).schedule
+    return fits[-1] if fits else frontier[0]
+
+
+def _same(plan: Plan, side: Side) -> Plan:
+    """Returns the plan with the corrections of another side's graphs.
+
+    Raises:
+        UsageError: The side was not calibrated for its noise scheduler and steps.
+    """
+    asked = (plan.table.noise_scheduler, plan.table.steps)
+    found = [table for table in side.tables if (table.noise_scheduler, table.steps) == asked]
+    if not found:
+        raise UsageError(
+            f"{side.bundle.folder} is not calibrated for {asked[0]} at {asked[1]} steps: build it "
+            "with the same --also"
+        )
+    return replace(plan, table=found[0])
 
 
 def _papers(side: Side, budget_ms: float) -> CacheSchedule:
@@ -324,7 +348,7 @@ def _frontier(
         plan = _planned(ours, whole / speedup)
         paper = _papers(ours, whole / speedup)
         points += [
-            Variant("ours", ours.make(ours.table.steps, plan, ours.table)),
+            Variant("ours", ours.plan(plan)),
             Variant("naive, corrected", ours.make(ours.table.steps, paper, ours.table)),
             Variant("uniform cache", _uniform(ours, whole / speedup)),
             *(

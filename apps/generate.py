@@ -55,6 +55,7 @@ class _Recipe:
     reuse_table: ReuseTable | None  # None where no step is shallow
     guidance_scale: float
     negative_prompt: str
+    choices: tuple[ReuseTable, ...] = ()  # of what a budget may be spent on
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,8 @@ def _recipe(bundle: Bundle, args: argparse.Namespace) -> _Recipe:
 
     if args.budget_ms is not None:
         undecided = CacheSchedule.all_full(len(noise_scheduler.timesteps))
-        return _Recipe(noise_scheduler, undecided, reuse_table(), scale, args.negative_prompt)
+        choices = bundle.reuse_tables(args.scheduler, args.steps)
+        return _Recipe(noise_scheduler, undecided, None, scale, args.negative_prompt, choices)
     plan = args.plan
     if plan is None:
         plan = f"full-steps:{max(1, round(defaults.full_steps * steps / defaults.steps))}"
@@ -170,11 +172,9 @@ def _within_budget(
 ) -> _Recipe:
     """Returns the recipe with the best plan for what is left of the budget, once it is known
     how long the graphs take here."""
-    if recipe.reuse_table is None:
-        raise UsageError("--budget-ms needs a reuse table to plan with")
     profile = measure_graphs(engine, bundle)
     branches = 1 if recipe.guidance_scale == 1 else 2
-    frontier = plan_frontier(recipe.reuse_table.reuse_errors(), profile, branches)
+    frontier = plan_frontier(recipe.choices, profile, branches)
     spent_ms = (perf_counter() - start) * 1e3
     try:
         plan = best_within_ms(frontier, budget_ms - spent_ms / pictures)
@@ -183,7 +183,15 @@ def _within_budget(
             f"--budget-ms is {budget_ms:.0f}, of which loading and measuring took "
             f"{spent_ms / pictures:.0f} a picture, and {error}"
         ) from error
-    return replace(recipe, cache_schedule=plan.schedule)
+    noise_scheduler = make_noise_scheduler(
+        plan.table.noise_scheduler, plan.table.steps, bundle.manifest.noise_schedule
+    )
+    return replace(
+        recipe,
+        noise_scheduler=noise_scheduler,
+        cache_schedule=plan.schedule,
+        reuse_table=plan.table,
+    )
 
 
 def _jobs(args: argparse.Namespace) -> list[_Job]:

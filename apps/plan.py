@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apps.engines import engine_for
-from cq_edge.frontier import ReuseErrors
 from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NAMES
 from cq_edge.planner import (
@@ -16,7 +15,7 @@ from cq_edge.planner import (
     plan_frontier,
     plan_with_full_steps,
 )
-from cq_edge.reuse_table import OBJECTIVES
+from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 from runtime.bundle import Bundle, open_bundle
 from runtime.measure import measure_graphs
 
@@ -54,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="of the measurement (default: one per core)")
     add("--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="the error to minimise "
         "(default: %(default)s; feature_l1 is the paper's)")  # fmt: skip
-    add("--scheduler", choices=NAMES, help="the noise scheduler (default: the bundle's)")
-    add("--steps", type=int, metavar="N", help="sampler steps (default: the bundle's)")
+    add("--scheduler", choices=NAMES, help="the noise scheduler (default: the best "
+        "of those the bundle is calibrated for)")  # fmt: skip
+    add("--steps", type=int, metavar="N", help="sampler steps (likewise)")
     add("--json", action="store_true", help="print one line of JSON")
 
 
@@ -66,16 +66,11 @@ def run(args: argparse.Namespace) -> int:
         CQEdgeError: There is no such plan, or the profile is of something else.
     """
     bundle = open_bundle(args.bundle)
-    defaults = bundle.manifest.defaults
-    table = bundle.reuse_table(
-        args.scheduler or defaults.noise_scheduler,
-        defaults.steps if args.steps is None else args.steps,
-    )
+    tables = bundle.reuse_tables(args.scheduler, args.steps)
     profile = _profile(args, bundle)
-    branches = 1 if table.guidance_scale == 1 else 2
-    errors = table.reuse_errors(args.objective)
-    frontier = plan_frontier(errors, profile, branches)
-    plan = _choose(args, errors, frontier, profile, branches)
+    branches = 1 if tables[0].guidance_scale == 1 else 2
+    frontier = plan_frontier(tables, profile, branches, args.objective)
+    plan = _choose(args, tables[0], frontier, profile, branches)
     if args.json:
         print(json.dumps(_as_json(args, plan, frontier, profile)))
     else:
@@ -97,7 +92,7 @@ def _profile(args: argparse.Namespace, bundle: Bundle) -> DeviceProfile:
 
 def _choose(
     args: argparse.Namespace,
-    errors: ReuseErrors,
+    table: ReuseTable,
     frontier: Sequence[Plan],
     profile: DeviceProfile,
     branches: int,
@@ -106,7 +101,7 @@ def _choose(
         return best_within_ms(frontier, args.budget_ms)
     if args.speedup is not None:
         return best_at_speedup(frontier, args.speedup)
-    return plan_with_full_steps(errors, args.full_steps, profile, branches)
+    return plan_with_full_steps(table, args.full_steps, profile, branches, args.objective)
 
 
 def _as_json(
@@ -114,13 +109,23 @@ def _as_json(
 ) -> dict[str, object]:
     return {
         "bundle": str(args.bundle),
+        "noise_scheduler": plan.table.noise_scheduler,
+        "steps": plan.table.steps,
         "modes": plan.schedule.to_string(),
         "plan": plan.schedule.counts,
         "unguided": plan.schedule.unguided,
         "objective": args.objective,
         "graphs_ms": dict(profile.graphs_ms),
         **_figures(plan),
-        "frontier": [{"modes": p.schedule.to_string(), **_figures(p)} for p in frontier],
+        "frontier": [
+            {
+                "noise_scheduler": p.table.noise_scheduler,
+                "steps": p.table.steps,
+                "modes": p.schedule.to_string(),
+                **_figures(p),
+            }
+            for p in frontier
+        ],
     }
 
 
@@ -135,15 +140,20 @@ def _figures(plan: Plan) -> dict[str, float]:
 def _print(plan: Plan, frontier: Sequence[Plan], profile: DeviceProfile) -> None:
     times = ", ".join(f"{graph} {taken:.1f}" for graph, taken in profile.graphs_ms.items())
     print(f"ms per run: {times}\n")
-    print("speed-up of the loop   picture, ms   predicted error   full  shallow  skip  unguided")
+    print("speed-up of the loop   picture, ms   predicted error   full  shallow  skip  unguided  "
+          "noise scheduler")  # fmt: skip
     for row in _shown(plan, frontier):
         counts = row.schedule.counts
         print(
             f"{row.speedup:20.2f} {row.picture_ms:13.0f} {row.error:17.4g} {counts['full']:6} "
-            f"{counts['shallow']:8} {counts['skip']:5} {row.schedule.unguided:9}"
+            f"{counts['shallow']:8} {counts['skip']:5} {row.schedule.unguided:9}  "
+            f"{row.table.noise_scheduler} {row.table.steps}"
             f"{'  <- chosen' if row is plan else ''}"
         )
-    print(f"\n--plan {plan.schedule.to_string()}")
+    print(
+        f"\n--scheduler {plan.table.noise_scheduler} --steps {plan.table.steps} "
+        f"--plan {plan.schedule.to_string()}"
+    )
 
 
 def _shown(plan: Plan, frontier: Sequence[Plan]) -> list[Plan]:

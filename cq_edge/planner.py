@@ -9,33 +9,56 @@ from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import UsageError
 from cq_edge.frontier import ReuseErrors, search_frontier
 from cq_edge.latency import DeviceProfile
+from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A cache schedule with what it is predicted to cost.
 
-    `error` is the sum of its reuse errors, `picture_ms` the time of a picture (prompts, loop,
-    decoding), `speedup` how many times faster its loop is than the same steps all full.
+    `table` was measured on the noise scheduler and the steps that it is for, `error` is the
+    predicted mean squared error of the final latents, `picture_ms` the time of a picture
+    (prompts, loop, decoding), `speedup` how many times faster its loop is than the bundle's own
+    steps all full.
     """
 
     schedule: CacheSchedule
+    table: ReuseTable
     error: float
     picture_ms: float
     speedup: float
 
 
-def plan_frontier(errors: ReuseErrors, profile: DeviceProfile, branches: int) -> tuple[Plan, ...]:
+def plan_frontier(
+    tables: Sequence[ReuseTable],
+    profile: DeviceProfile,
+    branches: int,
+    objective: str = OBJECTIVES[0],
+) -> tuple[Plan, ...]:
     """Returns the plans that no other beats in both error and time, the fastest first.
 
+    Compares across noise schedulers and steps: fewer steps count with their base error.
+
     Args:
-        errors: Of every way of computing less.
+        tables: Of what to choose from, the bundle's own noise scheduler and steps first; the
+            paper's objective says nothing of the others, which it leaves out.
         profile: Of the device.
         branches: Runs of a graph per guided step: 2 with guidance, 1 without.
+        objective: The error to minimise.
     """
     mode_ms = {mode: profile.mode_ms(mode, branches) for mode in Mode}
-    found = search_frontier(errors, mode_ms)
-    return tuple(_priced(schedule, error, profile, branches) for schedule, error in found)
+    compared = tables if objective == OBJECTIVES[0] else tables[:1]
+    full_ms = profile.loop_ms(CacheSchedule.all_full(len(tables[0].timesteps)), branches)
+    plans = [
+        _priced(schedule, table, table.base_error + error, full_ms, profile, branches)
+        for table in compared
+        for schedule, error in search_frontier(table.reuse_errors(objective), mode_ms)
+    ]
+    frontier: list[Plan] = []
+    for plan in sorted(plans, key=lambda plan: (plan.picture_ms, plan.error)):
+        if not frontier or plan.error < frontier[-1].error:
+            frontier.append(plan)
+    return tuple(frontier)
 
 
 def best_within_ms(frontier: Sequence[Plan], budget_ms: float) -> Plan:
@@ -69,11 +92,18 @@ def best_at_speedup(frontier: Sequence[Plan], speedup: float) -> Plan:
 
 
 def plan_with_full_steps(
-    errors: ReuseErrors, full_steps: int, profile: DeviceProfile, branches: int
+    table: ReuseTable,
+    full_steps: int,
+    profile: DeviceProfile,
+    branches: int,
+    objective: str = OBJECTIVES[0],
 ) -> Plan:
     """Returns what `best_with_full_steps` does, with what it costs on a device."""
+    errors = table.reuse_errors(objective)
     schedule = best_with_full_steps(errors, full_steps)
-    return _priced(schedule, errors.total(schedule), profile, branches)
+    full_ms = profile.loop_ms(CacheSchedule.all_full(len(schedule)), branches)
+    error = table.base_error + errors.total(schedule)
+    return _priced(schedule, table, error, full_ms, profile, branches)
 
 
 def best_with_full_steps(errors: ReuseErrors, full_steps: int) -> CacheSchedule:
@@ -98,7 +128,13 @@ def best_with_full_steps(errors: ReuseErrors, full_steps: int) -> CacheSchedule:
     return fits[-1]
 
 
-def _priced(schedule: CacheSchedule, error: float, profile: DeviceProfile, branches: int) -> Plan:
-    full_ms = profile.loop_ms(CacheSchedule.all_full(len(schedule)), branches)
+def _priced(
+    schedule: CacheSchedule,
+    table: ReuseTable,
+    error: float,
+    full_ms: float,
+    profile: DeviceProfile,
+    branches: int,
+) -> Plan:
     speedup = full_ms / profile.loop_ms(schedule, branches)
-    return Plan(schedule, error, profile.picture_ms(schedule, branches), speedup)
+    return Plan(schedule, table, error, profile.picture_ms(schedule, branches), speedup)

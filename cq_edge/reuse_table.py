@@ -36,6 +36,8 @@ class ReuseTable:
         noise_scheduler: Name of the noise scheduler that it was measured with.
         steps: Sampler steps asked for (PNDM evaluates the denoiser once more).
         guidance_scale: Of the run that was measured.
+        base_error: Of every step full: the mean squared error of the final latents against those
+            of the bundle's own noise scheduler and steps, whose table has 0 here.
         timesteps: (T,) float32, the noise scheduler's.
         influence: (T,) float64, above 0: what a mean squared error of a step's guided noise
             prediction adds to that of the final latents.
@@ -54,6 +56,7 @@ class ReuseTable:
     noise_scheduler: str
     steps: int
     guidance_scale: float
+    base_error: float
     timesteps: NDArray[np.float32]
     influence: NDArray[np.float64]
     noise_pred: NDArray[np.float64]
@@ -72,6 +75,10 @@ class ReuseTable:
         if not math.isfinite(self.guidance_scale):
             raise CalibrationError(
                 f"guidance_scale of a reuse table is {self.guidance_scale}: it must be a number"
+            )
+        if not (math.isfinite(self.base_error) and self.base_error >= 0):
+            raise CalibrationError(
+                f"base_error of a reuse table is {self.base_error}: it must be 0 or more"
             )
         self._check_shapes()
         self._check_entries()
@@ -168,6 +175,7 @@ class ReuseTable:
                 noise_scheduler=_scalar(content, "noise_scheduler", str),
                 steps=_scalar(content, "steps", int),
                 guidance_scale=_scalar(content, "guidance_scale", float),
+                base_error=_scalar(content, "base_error", float),
                 timesteps=content["timesteps"],
                 influence=content["influence"],
                 noise_pred=content["noise_pred"],

@@ -47,6 +47,30 @@ class Bundle:
             + (f"use {known}, or run every step full" if known else "run every step full")
         )
 
+    def reuse_tables(
+        self, noise_scheduler: str | None = None, steps: int | None = None
+    ) -> tuple[ReuseTable, ...]:
+        """Returns the tables to choose a plan from, the default noise scheduler and steps first.
+
+        Args:
+            noise_scheduler: Only of this one; None for any.
+            steps: Only of so many; None for any.
+
+        Raises:
+            BundleError: The bundle was not calibrated for what is asked, or a file is wrong.
+        """
+        defaults = self.manifest.defaults
+        own = (defaults.noise_scheduler, defaults.steps)
+        fitting = [
+            (name, count)
+            for name, count in self.calibrated()
+            if noise_scheduler in (None, name) and steps in (None, count)
+        ]
+        if not fitting:
+            return (self.reuse_table(noise_scheduler or own[0], steps or own[1]),)  # says why not
+        fitting.sort(key=lambda pair: pair != own)
+        return tuple(self.reuse_table(*pair) for pair in fitting)
+
     def tokenizer(self) -> ClipTokenizer:
         """Returns the tokenizer of the bundle's own vocabulary.
 

@@ -104,6 +104,7 @@ def reuse_table(noise_scheduler: str = "ddim", steps: int = STEPS) -> ReuseTable
         noise_scheduler=noise_scheduler,
         steps=steps,
         guidance_scale=5.0,
+        base_error=0.0,
         timesteps=timesteps,
         influence=np.ones(len(timesteps)),
         noise_pred=noise_pred,

@@ -64,6 +64,7 @@ def capture(
     latents_shape: tuple[int, int, int],
     influence: NDArray[np.float64],
     *,
+    base_error: float = 0.0,
     guidance_scale: float = 7.5,
     max_gap: int = 10,
     seed: int = 0,
@@ -79,7 +80,8 @@ def capture(
         prompts: The embeddings to calibrate with.
         noise_scheduler: Of T steps.
         latents_shape: (4, h, w).
-        influence: (T,) of each step, as `measure_influence` returns it.
+        influence: (T,) of each step, as `measure_response` returns it.
+        base_error: Of every step full, against the bundle's own noise scheduler and steps.
         guidance_scale: 1.0 runs the guided branch alone.
         max_gap: The largest gap measured; cut to T - 1.
         seed: Of the initial noise; prompt n takes seed + n.
@@ -112,6 +114,7 @@ def capture(
         noise_scheduler=noise_scheduler.name,
         steps=noise_scheduler.steps,
         guidance_scale=guidance_scale,
+        base_error=base_error,
         timesteps=np.asarray(noise_scheduler.timesteps, np.float32),
         influence=influence,
         noise_pred=_means(np.minimum(plain, repaired), len(prompts)),

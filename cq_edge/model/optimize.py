@@ -1,6 +1,6 @@
 """The whole method on one page: a pipeline becomes the graphs and tables of a bundle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from cq_edge.model.graphs import DecodeGraph, EncodeGraph
 from cq_edge.model.mixed_precision import choose_four_bits
 from cq_edge.model.prompts import embed_prompts, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
-from cq_edge.model.response import measure_influence, tried_steps
+from cq_edge.model.response import Response, measure_response, tried_steps
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import split_unet
 from cq_edge.model.trajectory import FullGraph, Loop
@@ -32,7 +32,8 @@ class OptimizeConfig:
 
     `prompts` calibrate; `max_gap` is the largest gap measured, in steps; `quantization` is
     "int8" (int8 weights, dynamic int8 activations) or "none" (float32); `compression` asks for
-    UNet weights so many times smaller than float32, by four bits in some Linear layers.
+    UNet weights so many times smaller than float32, by four bits in some Linear layers; `also`
+    are noise schedulers with sampler steps to calibrate for beside the first.
     """
 
     prompts: tuple[str, ...]
@@ -43,6 +44,7 @@ class OptimizeConfig:
     shallow_layers: int = 1
     quantization: str = "int8"
     compression: float | None = None
+    also: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.quantization not in QUANTIZATIONS:
@@ -116,8 +118,9 @@ def calibrate(
     full: FullGraph,
     shallow: ShallowGraph,
     on_step: Callable[[], object] = lambda: None,
-) -> Calibration:
-    """Runs the prompts through the graphs that ship and measures what reuse costs.
+) -> tuple[Calibration, ...]:
+    """Runs the prompts through the graphs that ship and measures what reuse costs, for each noise
+    scheduler with its steps, the bundle's own first.
 
     Args:
         pipeline: Gives the prompts' embeddings and the noise schedule.
@@ -132,26 +135,36 @@ def calibrate(
         ScheduleError: If the noise scheduler or its number of steps is not possible.
     """
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
-    noise_scheduler = make_noise_scheduler(config.noise_scheduler, config.steps, noise_schedule)
     prompts, shape = embed_prompts(pipeline, config.prompts), _latents_shape(pipeline)
-    loop = Loop(reference, noise_scheduler, shape, config.guidance_scale)
-    return capture(
-        full,
-        shallow,
-        prompts,
-        noise_scheduler,
-        shape,
-        measure_influence(loop, prompts[:_INFLUENCE_PROMPTS], on_step),
-        guidance_scale=config.guidance_scale,
-        max_gap=config.max_gap,
-        on_step=on_step,
-    )
+    calibrations: list[Calibration] = []
+    own: Response | None = None
+    for name, steps in ((config.noise_scheduler, config.steps), *config.also):
+        noise_scheduler = make_noise_scheduler(name, steps, noise_schedule)
+        loop = Loop(reference, noise_scheduler, shape, config.guidance_scale)
+        response = measure_response(loop, prompts[:_INFLUENCE_PROMPTS], on_step)
+        own = own or response
+        calibrations.append(
+            capture(
+                full,
+                shallow,
+                prompts,
+                noise_scheduler,
+                shape,
+                response.influence,
+                base_error=response.distance(own),
+                guidance_scale=config.guidance_scale,
+                max_gap=config.max_gap,
+                on_step=on_step,
+            )
+        )
+    return tuple(calibrations)
 
 
-def calibration_steps(prompts: int, total: int) -> int:
-    """Returns how many steps `calibrate` runs for so many prompts and T steps."""
-    resumed = sum(total - 1 - step for step in tried_steps(total))
-    return 2 * prompts * total + min(prompts, _INFLUENCE_PROMPTS) * (total + resumed)
+def calibration_steps(prompts: int, totals: Sequence[int]) -> int:
+    """Returns how many steps `calibrate` runs for so many prompts and each T."""
+    watched = min(prompts, _INFLUENCE_PROMPTS)
+    resumed = [sum(total - 1 - step for step in tried_steps(total)) for total in totals]
+    return (2 * prompts + watched) * sum(totals) + watched * sum(resumed)
 
 
 def parity_inputs(

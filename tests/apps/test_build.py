@@ -58,6 +58,7 @@ def test_a_unet_that_cannot_be_split_is_refused_with_the_reason(tmp_path, capsys
     [
         (("--steps", "0"), 1, "steps"),
         (("--steps", "1001"), 1, "steps"),
+        (("--also", "pndm"), 2, "--also 'pndm' is no noise scheduler with steps, such as "),
         (("--full-steps", "99"), 2, "--full-steps is 99: 51 steps with --max-gap 10 take 5 to 51"),
         (("--max-gap", "0"), 2, "--max-gap is 0: a shallow step needs 1 or more"),
         (("--prompts", "nowhere.txt"), 2, "--prompts nowhere.txt cannot be read"),
@@ -86,11 +87,12 @@ def test_a_quantisation_that_is_none_of_ours_is_refused():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Builds the demo bundle at 8 DDIM steps: (folder, what --json printed)."""
+    """Builds the demo bundle at 8 DDIM steps, and 4 of another: (folder, what --json printed)."""
     folder = tmp_path_factory.mktemp("built")
     (folder / "prompts.txt").write_text(_PROMPT + "\na blue star on a green striped background\n")
     printed = io.StringIO()
-    words = ["--steps", "8", "--scheduler", "ddim", "--full-steps", "3", "--max-gap", "4"]
+    words = ["--steps", "8", "--scheduler", "ddim", "--full-steps", "3", "--max-gap", "4",
+             "--also", "dpmsolver++:4"]  # fmt: skip
     with contextlib.redirect_stdout(printed):
         prompts = ["--prompts", str(folder / "prompts.txt")]
         code = main(["build", "-o", str(folder / "bundle"), "--json", *words, *prompts])
@@ -126,6 +128,19 @@ def test_every_graph_agrees_with_its_float_module_and_nearly_all_work_is_delegat
         assert result["graphs"][name]["parity_db"] == pytest.approx(entry.parity_db, abs=0.01)
     for name in ("denoise", "denoise_shallow", "decode"):
         assert result["graphs"][name]["delegated_macs_share"] > 0.99
+
+
+def test_fewer_steps_are_calibrated_too_and_planned_where_time_is_short(built, capsys):
+    folder, _ = built
+    own, few = open_bundle(folder).reuse_tables()
+    assert (own.noise_scheduler, own.steps, own.base_error) == ("ddim", 8, 0)
+    assert (few.noise_scheduler, few.steps) == ("dpmsolver++", 4)
+    assert few.base_error > 0
+    assert main(["plan", str(folder), "--speedup", "1", "--json"]) == 0
+    frontier = json.loads(capsys.readouterr().out)["frontier"]
+    assert {plan["noise_scheduler"] for plan in frontier} == {"ddim", "dpmsolver++"}
+    assert frontier[-1]["modes"] == "F" * 8
+    assert frontier[-1]["error"] == 0
 
 
 def test_the_bundle_opens_and_a_changed_byte_is_noticed(built, tmp_path):
@@ -166,7 +181,8 @@ def test_generate_prints_the_json_that_programs_rely_on(built, tmp_path, capsys)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["images"] == [str(tmp_path / "a.png")]
     assert result["seed"] == 5
-    assert result["plan"] == {"full": 3, "shallow": 5, "skip": 0}
+    assert result["plan"]["full"] == 3
+    assert sum(result["plan"].values()) == 8
     assert result["steps"] == 8
     assert 0 < result["denoise_ms"] < result["total_ms"]
 

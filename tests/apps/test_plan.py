@@ -38,7 +38,7 @@ def test_json_says_the_plan_and_what_it_is_predicted_to_cost(plan, device):
     code, out, _ = plan("--speedup", "1.5", "--json")
     assert code == 0
     found = json.loads(out.splitlines()[-1])
-    frontier = plan_frontier(reuse_table().reuse_errors(), device, 2)
+    frontier = plan_frontier([reuse_table()], device, 2)
     expected = best_at_speedup(frontier, 1.5)
     assert found["modes"] == expected.schedule.to_string()
     assert found["plan"] == expected.schedule.counts
@@ -61,9 +61,10 @@ def test_the_screen_shows_the_choice_and_how_to_use_it(plan):
     assert code == 0
     (chosen,) = [line for line in out.splitlines() if line.endswith("<- chosen")]
     assert chosen.split()[3] == "4"
-    modes = out.splitlines()[-1].removeprefix("--plan ")
-    assert modes.count("F") == 4
-    assert main(["generate", "bundle", "a ring", "--plan", modes]) == 0
+    words = out.splitlines()[-1].split()
+    assert words[:5] == ["--scheduler", "ddim", "--steps", "10", "--plan"]
+    assert words[5].count("F") == 4
+    assert main(["generate", "bundle", "a ring", *words]) == 0
 
 
 def test_a_budget_below_the_fastest_plan_says_the_least(plan):
@@ -95,6 +96,6 @@ def test_without_a_profile_the_graphs_are_measured_here(home, capsys):
 
 
 def test_the_frontier_on_the_screen_always_holds_the_choice(device):
-    frontier = plan_frontier(reuse_table().reuse_errors(), device, 2)
+    frontier = plan_frontier([reuse_table()], device, 2)
     for chosen in frontier:
         assert chosen in plan_module._shown(chosen, frontier)

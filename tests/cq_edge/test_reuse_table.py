@@ -25,7 +25,7 @@ def table():
     skip, unguided = 2 * noise_pred[:, :2], 3 * noise_pred
     errors = (noise_pred, feature_l1, skip, unguided)
     influence = np.linspace(1, 2, T)
-    return ReuseTable("pndm", 4, 7.5, timesteps, influence, *errors, gain, bias)
+    return ReuseTable("pndm", 4, 7.5, 0.25, timesteps, influence, *errors, gain, bias)
 
 
 def changed(name, index, value):
@@ -38,7 +38,7 @@ def test_a_table_survives_its_file_bit_for_bit(tmp_path):
     original = table()
     original.save(tmp_path / "reuse.npz")
     loaded = ReuseTable.load(tmp_path / "reuse.npz")
-    for name in ("noise_scheduler", "steps", "guidance_scale"):
+    for name in ("noise_scheduler", "steps", "guidance_scale", "base_error"):
         assert getattr(loaded, name) == getattr(original, name)
         assert type(getattr(loaded, name)) is type(getattr(original, name))
     for name in (
@@ -149,6 +149,10 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
         (
             changed("influence", 3, 0.0),
             "the influence of step 3 in the reuse table is unusable: it must be a number above 0",
+        ),
+        (
+            {"base_error": -0.5},
+            "base_error of a reuse table is -0.5: it must be 0 or more",
         ),
         ({"steps": 0}, "steps of a reuse table is 0: it must be 1 or more"),
         ({"noise_scheduler": ""}, "noise_scheduler of a reuse table is empty: name it"),

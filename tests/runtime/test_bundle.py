@@ -1,10 +1,12 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cq_edge.errors import BundleError
+from cq_edge.manifest import ReuseTableEntry
 from runtime.bundle import Bundle, open_bundle
 from tests.tiny_bundle import reuse_table
 
@@ -14,6 +16,23 @@ def test_an_open_bundle_gives_its_tokenizer_and_tables(bundle: Bundle) -> None:
     assert np.array_equal(bundle.reuse_table("ddim", 10).gain, reuse_table().gain, equal_nan=True)
     assert bundle.tokenizer().encode("a red star")[0].shape == (1, 77)
     assert bundle.path("graphs.pte").is_file()
+
+
+def test_the_default_table_comes_first_among_those_asked_for(bundle: Bundle) -> None:
+    reuse_table("euler", 5).save(bundle.path("reuse_euler_5.npz"))
+    entries = (ReuseTableEntry("reuse_euler_5.npz", "euler", 5), *bundle.manifest.reuse_tables)
+    both = Bundle(bundle.folder, replace(bundle.manifest, reuse_tables=entries))
+
+    def names(*asked: Any) -> list[str]:
+        return [table.noise_scheduler for table in both.reuse_tables(*asked)]
+
+    assert names() == ["ddim", "euler"]
+    assert names("euler") == names(None, 5) == names("euler", 5) == ["euler"]
+    assert names("ddim", 10) == ["ddim"]
+    with pytest.raises(BundleError, match="is not calibrated for euler at 10 steps: use euler"):
+        both.reuse_tables("euler", 10)
+    with pytest.raises(BundleError, match="is not calibrated for ddim at 7 steps"):
+        both.reuse_tables(None, 7)
 
 
 def test_a_table_that_is_not_there_names_those_that_are(bundle: Bundle) -> None:
