@@ -39,7 +39,7 @@ class ReuseTable:
         base_error: Of every step full: the mean squared error of the final latents against those
             of the bundle's own noise scheduler and steps, whose table has 0 here.
         timesteps: (T,) float32, the noise scheduler's.
-        influence: (T,) float64, above 0: what a mean squared error of a step's guided noise
+        influence: (T,) float64, 0 or more: what a mean squared error of a step's guided noise
             prediction adds to that of the final latents.
         noise_pred: (T, G+1) float64, 0 or more, 0 in column 0; G is the largest gap. The mean
             squared error of the guided noise prediction with the corrected feature.
@@ -219,11 +219,11 @@ class ReuseTable:
     def _check_entries(self) -> None:
         if not np.isfinite(self.timesteps).all():
             raise CalibrationError("a timestep of the reuse table is not a number")
-        usable = np.isfinite(self.influence) & (self.influence > 0)
+        usable = np.isfinite(self.influence) & (self.influence >= 0)
         if not usable.all():
             raise CalibrationError(
                 f"the influence of step {int(usable.argmin())} in the reuse table is unusable: it "
-                "must be a number above 0"
+                "must be a number of 0 or more"
             )
         for name in _ERRORS:
             errors = getattr(self, name)

@@ -147,8 +147,9 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
             "dimensions, none empty",
         ),
         (
-            changed("influence", 3, 0.0),
-            "the influence of step 3 in the reuse table is unusable: it must be a number above 0",
+            changed("influence", 3, -1.0),
+            "the influence of step 3 in the reuse table is unusable: it must be a number of "
+            "0 or more",
         ),
         (
             {"base_error": -0.5},
