@@ -52,7 +52,7 @@ class _Recipe:
 
     noise_scheduler: NoiseScheduler
     cache_schedule: CacheSchedule
-    reuse_table: ReuseTable | None  # None where no step is shallow
+    reuse_table: ReuseTable | None  # None where no step is shallow and none was measured
     guidance_scale: float
     negative_prompt: str
     choices: tuple[ReuseTable, ...] = ()  # of what a budget may be spent on
@@ -163,7 +163,7 @@ def _recipe(bundle: Bundle, args: argparse.Namespace) -> _Recipe:
         plan = f"full-steps:{max(1, round(defaults.full_steps * steps / defaults.steps))}"
     schedule = choose_schedule(plan, len(noise_scheduler.timesteps), reuse_table)
     shallow = any(mode.is_shallow for mode in schedule.modes)
-    table = reuse_table() if shallow else None
+    table = reuse_table() if shallow or (name, steps) in bundle.calibrated() else None
     return _Recipe(noise_scheduler, schedule, table, scale, args.negative_prompt)
 
 

@@ -1,8 +1,10 @@
 """Forecasts of what the denoiser would say at a step that does not run it.
 
 With latents scaled to unit signal, the noise prediction is their derivative by sigma, which is
-smooth: two computed values and a straight line through them do better than the last value alone,
-and on 50 steps better than a parabola (`python -m benchmarks.forecasts`).
+smooth until the last steps, and a straight line through the last two computed values follows it.
+But the noise of a quantised denoiser is new in every run, and a line multiplies it. So calibration
+fits how far to follow the line, between not at all (the last value again) and all the way
+(docs/forecasts.md, `python -m benchmarks.forecasts`).
 """
 
 from dataclasses import dataclass
@@ -30,8 +32,12 @@ class Forecast:
         older = [point for point in self.points if point[0] != sigma]
         return type(self)(((sigma, value), *older[:1]))
 
-    def at(self, sigma: float) -> Array:
+    def at(self, sigma: float, slope: float = 1.0) -> Array:
         """Returns the value to expect at `sigma`: the only one there is, if there is only one.
+
+        Args:
+            sigma: Where.
+            slope: The share of the line's slope to follow; 0 takes the last value again.
 
         Raises:
             ValueError: Nothing has been computed yet.
@@ -42,4 +48,4 @@ class Forecast:
         if not older:
             return value
         other, earlier = older[0]
-        return value + ((sigma - newest) / (newest - other)) * (value - earlier)
+        return value + (slope * (sigma - newest) / (newest - other)) * (value - earlier)

@@ -21,6 +21,7 @@ OBJECTIVES = ("noise_pred", "feature_l1")
 """What a plan may minimise the sum of; the first is the default."""
 
 _ERRORS = (*OBJECTIVES, "skip", "unguided")
+_SLOPES = ("skip_slope", "unguided_slope")
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
@@ -49,6 +50,9 @@ class ReuseTable:
             from step i, the last that was computed.
         unguided: (T, U+1) float64 likewise, where what the negative prompt changes is forecast
             from step i, the last that computed it.
+        skip_slope: (T, R+1) float32 in 0 to 1: the share of the line's slope that this forecast
+            follows.
+        unguided_slope: (T, U+1) float32 likewise.
         gain: (T, G+1, C) float32 over the C channels of the cached feature.
         bias: (T, G+1, C) float32.
     """
@@ -63,6 +67,8 @@ class ReuseTable:
     feature_l1: NDArray[np.float64]
     skip: NDArray[np.float64]
     unguided: NDArray[np.float64]
+    skip_slope: NDArray[np.float32]
+    unguided_slope: NDArray[np.float32]
     gain: NDArray[np.float32]
     bias: NDArray[np.float32]
 
@@ -136,6 +142,18 @@ class ReuseTable:
             return ChannelCorrection.identity(self.channels)
         return ChannelCorrection(self.gain[anchor, gap], self.bias[anchor, gap])
 
+    def forecast_slope(self, kind: str, last: int, step: int) -> float:
+        """Returns the share of the line's slope to follow; 0 from further back than was measured.
+
+        Args:
+            kind: "skip" or "unguided".
+            last: The last step that computed what is forecast.
+            step: The step to forecast for.
+        """
+        slopes: NDArray[np.float32] = getattr(self, f"{kind}_slope")
+        gap = step - last
+        return float(slopes[last, gap]) if gap < slopes.shape[1] else 0.0
+
     def without_corrections(self) -> Self:
         """Returns the table whose corrections change nothing: gain 1, bias 0."""
         return replace(self, gain=np.ones_like(self.gain), bias=np.zeros_like(self.bias))
@@ -182,6 +200,8 @@ class ReuseTable:
                 feature_l1=content["feature_l1"],
                 skip=content["skip"],
                 unguided=content["unguided"],
+                skip_slope=content["skip_slope"],
+                unguided_slope=content["unguided_slope"],
                 gain=content["gain"],
                 bias=content["bias"],
             )
@@ -194,7 +214,8 @@ class ReuseTable:
         return squares * self.influence[np.minimum(step, len(self.influence) - 1)]
 
     def _check_shapes(self) -> None:
-        dims = {"timesteps": 1, "influence": 1, **dict.fromkeys(_ERRORS, 2), "gain": 3, "bias": 3}
+        two = dict.fromkeys((*_ERRORS, *_SLOPES), 2)
+        dims = {"timesteps": 1, "influence": 1, **two, "gain": 3, "bias": 3}
         for name, ndim in dims.items():
             array = getattr(self, name)
             dtype = "float64" if name in ("influence", *_ERRORS) else "float32"
@@ -207,13 +228,13 @@ class ReuseTable:
         step_count, columns = self.noise_pred.shape
         pairs = (step_count, columns)
         whole = (*pairs, self.channels)
-        forecasts = [(step_count, shapes[name][1]) for name in ("skip", "unguided")]
+        forecasts = 2 * [(step_count, shapes[name][1]) for name in ("skip", "unguided")]
         row = (step_count,)
         if list(shapes.values()) != [row, row, pairs, pairs, *forecasts, whole, whole]:
             found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise CalibrationError(
                 f"{found} of a reuse table do not belong together: they must be (T,) "
-                "twice, (T, G+1) twice, (T, R+1), (T, U+1) and (T, G+1, C) twice"
+                "twice, (T, G+1) twice, (T, R+1), (T, U+1), both again, and (T, G+1, C) twice"
             )
 
     def _check_entries(self) -> None:
@@ -237,6 +258,10 @@ class ReuseTable:
             _require(
                 (errors == 0) | (gap > 0), f"the reuse error ({name})", "a step's own must be 0"
             )
+        for name in _SLOPES:
+            slope = getattr(self, name)
+            if not ((slope >= 0) & (slope <= 1)).all():
+                raise CalibrationError(f"{name} of a reuse table must lie between 0 and 1")
         anchor, gap = np.indices(self.noise_pred.shape)
         used = anchor + gap < len(self.timesteps)
         for name in ("gain", "bias"):

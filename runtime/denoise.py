@@ -93,7 +93,8 @@ def denoise(
         cache_schedule: The mode of each of the T steps.
         latents: (1, 4, h, w) float32: noise times `noise_scheduler.init_noise_sigma`.
         guidance: The prompts' embeddings and the scale.
-        reuse_table: Holds the corrections of the shallow steps; needed only where there are any.
+        reuse_table: Holds the corrections of the shallow steps, which need it, and how far
+            forecasts follow their line.
 
     Returns:
         An iterator of T records. Stopping early is allowed and leaves nothing behind.
@@ -103,28 +104,26 @@ def denoise(
     """
     _check_fit(noise_scheduler, cache_schedule, reuse_table)
     corrections = _corrections(cache_schedule, reuse_table)
-    return _steps(engine, noise_scheduler, cache_schedule, latents, guidance, corrections)
+    denoiser = _Denoiser(engine, noise_scheduler, guidance, reuse_table)
+    return _steps(denoiser, noise_scheduler, cache_schedule, latents, corrections)
 
 
 def _steps(
-    engine: Engine,
+    denoiser: "_Denoiser",
     noise_scheduler: NoiseScheduler,
     cache_schedule: CacheSchedule,
     latents: FloatArray,
-    guidance: Guidance,
     corrections: dict[int, ChannelCorrection],
 ) -> Iterator[StepRecord]:
     history: tuple[Any, ...] = ()
-    denoiser = _Denoiser(engine, guidance)
     for step, mode in enumerate(cache_schedule.modes):
         start = perf_counter()
-        sigma = noise_scheduler.sigmas[step]
         timestep = noise_scheduler.timesteps[step : step + 1]
         if mode is Mode.SKIP:
-            noise_pred = denoiser.forecast(sigma)
+            noise_pred = denoiser.forecast(step)
         else:
             inputs = {"latents": noise_scheduler.model_input(latents, step), "timestep": timestep}
-            noise_pred = denoiser.run(mode, sigma, inputs, corrections.get(step))
+            noise_pred = denoiser.run(mode, step, inputs, corrections.get(step))
         latents, history = noise_scheduler.advance(latents, noise_pred, step, history)
         elapsed_ms = (perf_counter() - start) * 1e3
         yield StepRecord(step, float(timestep[0]), mode, latents, elapsed_ms)
@@ -136,22 +135,28 @@ class _Denoiser:
     Keeps the cached features of the last full step, one per branch it ran, the prompt's last.
     """
 
-    def __init__(self, engine: Engine, guidance: Guidance) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        noise_scheduler: NoiseScheduler,
+        guidance: Guidance,
+        reuse_table: ReuseTable | None,
+    ) -> None:
         self._engine = engine
         self._guidance = guidance
         self._features: list[FloatArray] = []
-        self._predictions = Forecast()
-        self._differences = Forecast()  # of the prompt's prediction from the negative's
+        self._predictions = _Forecasts("skip", noise_scheduler, reuse_table)
+        # of what the prompt's prediction differs by from the negative's
+        self._differences = _Forecasts("unguided", noise_scheduler, reuse_table)
 
-    def forecast(self, sigma: float) -> FloatArray:
+    def forecast(self, step: int) -> FloatArray:
         """Returns what the guided noise prediction should be at a step that runs no graph."""
-        forecast: FloatArray = self._predictions.at(sigma).astype(np.float32)
-        return forecast
+        return self._predictions.at(step)
 
     def run(
         self,
         mode: Mode,
-        sigma: float,
+        step: int,
         inputs: dict[str, FloatArray],
         correction: ChannelCorrection | None,
     ) -> FloatArray:
@@ -159,7 +164,7 @@ class _Denoiser:
 
         Args:
             mode: Full or shallow, guided or not.
-            sigma: Of the step.
+            step: Of the loop.
             inputs: `latents` and `timestep`.
             correction: Of the cached feature; None at a full step.
         """
@@ -168,8 +173,8 @@ class _Denoiser:
             predictions = self._full(inputs, branches)
         else:
             predictions = self._shallow(inputs, branches, correction)
-        noise_pred = self._guided(predictions, sigma)
-        self._predictions = self._predictions.after(sigma, noise_pred)
+        noise_pred = self._guided(predictions, step)
+        self._predictions.take(step, noise_pred)
         return noise_pred
 
     def _full(
@@ -196,19 +201,43 @@ class _Denoiser:
             predictions.append(self._engine.run("denoise_shallow", given)["noise_pred"])
         return predictions
 
-    def _guided(self, predictions: list[FloatArray], sigma: float) -> FloatArray:
+    def _guided(self, predictions: list[FloatArray], step: int) -> FloatArray:
         """Returns negative's + scale · (prompt's - negative's), the difference forecast if the
         negative's was not computed."""
         scale = np.float32(self._guidance.scale)
         if scale == 1:
             return predictions[-1]
         if len(predictions) == 1:
-            difference: FloatArray = self._differences.at(sigma).astype(np.float32)
-            return predictions[0] + (scale - 1) * difference
+            return predictions[0] + (scale - 1) * self._differences.at(step)
         negative, prompt = predictions
         difference = prompt - negative
-        self._differences = self._differences.after(sigma, difference)
+        self._differences.take(step, difference)
         return negative + scale * difference
+
+
+class _Forecasts:
+    """Forecasts of a value from the steps that computed it; without a table the last one again."""
+
+    def __init__(
+        self, kind: str, noise_scheduler: NoiseScheduler, reuse_table: ReuseTable | None
+    ) -> None:
+        self._kind = kind
+        self._sigmas = noise_scheduler.sigmas
+        self._table = reuse_table
+        self._line = Forecast()
+        self._last = 0
+
+    def take(self, step: int, value: FloatArray) -> None:
+        """Takes in what a step computed."""
+        self._line, self._last = self._line.after(self._sigmas[step], value), step
+
+    def at(self, step: int) -> FloatArray:
+        """Returns what to expect at a step."""
+        slope = 0.0
+        if self._table is not None:
+            slope = self._table.forecast_slope(self._kind, self._last, step)
+        forecast: FloatArray = self._line.at(self._sigmas[step], slope).astype(np.float32)
+        return forecast
 
 
 def _check_fit(

@@ -111,6 +111,8 @@ def reuse_table(noise_scheduler: str = "ddim", steps: int = STEPS) -> ReuseTable
         feature_l1=feature_l1,
         skip=skip,
         unguided=unguided,
+        skip_slope=np.full(skip.shape, 0.75, np.float32),
+        unguided_slope=np.full(unguided.shape, 0.5, np.float32),
         gain=gain,
         bias=bias,
     )

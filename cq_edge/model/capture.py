@@ -4,7 +4,7 @@ Every prompt is run twice, with the full graph at every step. The first run comp
 features of every anchor step i and later step k = i + gap: their L1 distance (the paper's
 objective) and the per-channel correction that maps one onto the other best. The second run also
 predicts each step k with the shallow graph from every corrected feature i, and measures by how
-much the guided noise prediction is wrong; a correction that makes it worse than none is dropped.
+much the guided noise prediction is wrong; a correction that hardly helps is dropped.
 What forecasts would miss is measured on the first run.
 """
 
@@ -24,6 +24,9 @@ from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.reuse_table import ReuseTable
 
 ShallowGraph = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+_WORTH_CORRECTING = 0.95
+"""A correction that leaves more than this share of the error is dropped: it was fitted to the very
+prompts that it is tried on, and does a little worse on others."""
 MAX_SKIP = 4
 """The most steps in a row without a graph that are measured."""
 MAX_UNGUIDED = 3
@@ -108,8 +111,8 @@ def capture(
             on_step()
     gain, bias = features.corrections()
     plain, repaired = _reuse_squares(loop, shallow, prompts, gain, bias, on_step)
-    worse = repaired > plain
-    gain[worse], bias[worse] = 1, 0
+    dropped = repaired > _WORTH_CORRECTING * plain
+    gain[dropped], bias[dropped] = 1, 0
     table = ReuseTable(
         noise_scheduler=noise_scheduler.name,
         steps=noise_scheduler.steps,
@@ -117,10 +120,12 @@ def capture(
         base_error=base_error,
         timesteps=np.asarray(noise_scheduler.timesteps, np.float32),
         influence=influence,
-        noise_pred=_means(np.minimum(plain, repaired), len(prompts)),
+        noise_pred=_means(np.where(dropped, plain, repaired), len(prompts)),
         feature_l1=features.l1(),
-        skip=_means(predictions.squares, len(prompts)),
-        unguided=_means(differences.squares, len(prompts)),
+        skip=_means(predictions.squares(), len(prompts)),
+        unguided=_means(differences.squares(), len(prompts)),
+        skip_slope=predictions.slopes().astype(np.float32),
+        unguided_slope=differences.slopes().astype(np.float32),
         gain=gain,
         bias=bias,
     )
@@ -255,14 +260,16 @@ class _FeatureRun:
 
 
 class _ForecastRun:
-    """What forecasting a value costs: mean squared errors, summed over the prompts.
+    """What forecasting a value costs, and how far it should follow the line.
 
     Entry [i, g] is of step i + g, forecast as if step i were the last that was computed, and the
     step before it too.
     """
 
     def __init__(self, sigmas: Sequence[float], furthest: int) -> None:
-        self.squares = np.zeros((len(sigmas), furthest + 1))
+        # sums over the prompts: of the squared change since the last value, of its product with
+        # the change that the line expects, and of that one's square
+        self._change, self._product, self._expected = np.zeros((3, len(sigmas), furthest + 1))
         self._sigmas = sigmas
         self._furthest = furthest
         self._lines: list[Forecast] = []  # as they were after each of the last steps, newest first
@@ -273,9 +280,25 @@ class _ForecastRun:
             self._lines = []
         sigma = self._sigmas[step]
         for gap, line in enumerate(self._lines, start=1):
-            self.squares[step - gap, gap] += mean_square(line.at(sigma) - value)
+            last = line.at(sigma, slope=0)
+            change, expected = value - last, line.at(sigma) - last
+            self._change[step - gap, gap] += mean_square(change)
+            self._product[step - gap, gap] += float((change * expected).mean())
+            self._expected[step - gap, gap] += mean_square(expected)
         newest = self._lines[0] if self._lines else Forecast()
         self._lines = [newest.after(sigma, value), *self._lines][: self._furthest]
+
+    def slopes(self) -> NDArray[np.float64]:
+        """Returns (T, R+1): the share of the line's slope that leaves the least error, 0 to 1."""
+        moved = self._expected > 0
+        best = np.divide(self._product, self._expected, out=np.zeros(moved.shape), where=moved)
+        return np.clip(best, 0, 1)
+
+    def squares(self) -> NDArray[np.float64]:
+        """Returns (T, R+1): the mean squared errors that it leaves, summed over the prompts."""
+        slopes = self.slopes()
+        left = self._change - 2 * slopes * self._product + slopes**2 * self._expected
+        return np.maximum(left, 0)
 
 
 class _PairSum:

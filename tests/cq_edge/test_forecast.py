@@ -23,6 +23,12 @@ def test_only_the_last_two_values_count():
     )
 
 
+def test_the_slope_can_be_followed_in_part_or_not_at_all():
+    forecast = line((9.0, 28.0), (5.0, 16.0))
+    np.testing.assert_allclose(forecast.at(3.0, slope=0.5), [13.0, 26.0])
+    np.testing.assert_allclose(forecast.at(3.0, slope=0), [16.0, 32.0])
+
+
 def test_one_value_alone_is_taken_again():
     np.testing.assert_array_equal(line((9.0, 28.0)).at(3.0), [28.0, 56.0])
 

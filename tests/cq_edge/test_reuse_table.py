@@ -23,7 +23,8 @@ def table():
                 gain[anchor, gap] = bias[anchor, gap] = np.nan
     timesteps = np.linspace(900, 1, T, dtype=np.float32)
     skip, unguided = 2 * noise_pred[:, :2], 3 * noise_pred
-    errors = (noise_pred, feature_l1, skip, unguided)
+    slopes = (np.full((T, 2), 0.5, np.float32), np.ones((T, G + 1), np.float32))
+    errors = (noise_pred, feature_l1, skip, unguided, *slopes)
     influence = np.linspace(1, 2, T)
     return ReuseTable("pndm", 4, 7.5, 0.25, timesteps, influence, *errors, gain, bias)
 
@@ -132,9 +133,13 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
         (
             {"bias": np.ones((T, G + 1, C + 1), np.float32)},
             "timesteps (5,), influence (5,), noise_pred (5, 3), feature_l1 (5, 3), skip (5, 2), "
-            "unguided (5, 3), gain (5, 3, 3), bias (5, 3, 4) of a reuse table do not belong "
-            "together: they must be (T,) twice, (T, G+1) twice, (T, R+1), (T, U+1) and "
-            "(T, G+1, C) twice",
+            "unguided (5, 3), skip_slope (5, 2), unguided_slope (5, 3), gain (5, 3, 3), bias "
+            "(5, 3, 4) of a reuse table do not belong together: they must be (T,) twice, (T, G+1) "
+            "twice, (T, R+1), (T, U+1), both again, and (T, G+1, C) twice",
+        ),
+        (
+            changed("skip_slope", (1, 1), 1.5),
+            "skip_slope of a reuse table must lie between 0 and 1",
         ),
         (
             changed("skip", (1, 1), -1.0),
@@ -276,3 +281,9 @@ def test_only_our_objective_knows_what_forecasts_cost():
     assert ours.unguided.shape == table().unguided.shape
     np.testing.assert_array_equal(papers.shallow, table().feature_l1)
     assert papers.skip.shape == papers.unguided.shape == (T, 1)
+
+
+def test_a_forecast_from_further_back_than_was_measured_follows_no_line():
+    assert table().forecast_slope("skip", 1, 2) == 0.5
+    assert table().forecast_slope("skip", 1, 3) == 0
+    assert table().forecast_slope("unguided", 1, 3) == 1

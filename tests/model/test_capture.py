@@ -128,7 +128,7 @@ def test_a_correction_that_makes_predictions_worse_is_dropped():
         assert table.noise_pred[anchor, gap] == pytest.approx(expected, rel=1e-3)
 
 
-def test_forecast_errors_are_those_of_the_line_through_the_last_two_steps():
+def test_forecasts_follow_the_line_as_far_as_leaves_the_least_error():
     recorder, scale, sigmas = _Recorder(2, 2), 3.0, _scheduler().sigmas
     prompts = _prompts(2)
     predictions = []
@@ -145,7 +145,7 @@ def test_forecast_errors_are_those_of_the_line_through_the_last_two_steps():
     assert table.unguided.shape == (_STEPS, MAX_UNGUIDED + 1)
     for step in range(1, _STEPS):
         for gap in range(1, min(MAX_UNGUIDED, step) + 1):
-            missed = {"skip": [], "unguided": []}
+            lines = {"skip": [], "unguided": []}
             for n in range(2):
                 seen = predictions[n * 2 * _STEPS : (n + 1) * 2 * _STEPS]
                 pairs = list(zip(seen[::2], seen[1::2], strict=True))
@@ -157,10 +157,18 @@ def test_forecast_errors_are_those_of_the_line_through_the_last_two_steps():
                     line = Forecast()
                     for i in range(max(0, step - gap - 1), step - gap + 1):
                         line = line.after(sigmas[i], value[i])
-                    missed[name].append(np.square(line.at(sigmas[step]) - value[step]).mean())
-            for name, squares in missed.items():
+                    lines[name].append((line, value[step]))
+            for name, kept in lines.items():
+                slope = float(getattr(table, f"{name}_slope")[step - gap, gap])
+                left = {
+                    share: np.mean(
+                        [np.square(x.at(sigmas[step], share) - y).mean() for x, y in kept]
+                    )
+                    for share in (slope, min(1, slope + 0.02), max(0, slope - 0.02))
+                }
                 found = getattr(table, name)[step - gap, gap]
-                assert found == pytest.approx(np.mean(squares), rel=1e-3)
+                assert found == pytest.approx(left[slope], rel=1e-3)
+                assert found <= min(left.values()) * (1 + 1e-3)
 
 
 def test_without_guidance_there_is_no_negative_prompt_to_leave_out():

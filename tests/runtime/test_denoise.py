@@ -164,7 +164,7 @@ def full_by_hand(
     return negative, prompt
 
 
-def test_a_skip_step_runs_nothing_and_takes_the_line_through_the_last_two_predictions() -> None:
+def test_a_skip_step_runs_nothing_and_follows_the_line_as_far_as_the_table_says() -> None:
     scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
     engine = FakeEngine()
     found = records("FFKK" + "F" * 6, engine=engine)
@@ -176,7 +176,7 @@ def test_a_skip_step_runs_nothing_and_takes_the_line_through_the_last_two_predic
             guided = negative + np.float32(5.0) * (prompt - negative)
             line = line.after(scheduler.sigmas[step], guided)
         else:
-            guided = line.at(scheduler.sigmas[step]).astype(np.float32)
+            guided = line.at(scheduler.sigmas[step], 0.75).astype(np.float32)
         latents, history = scheduler.advance(latents, guided, step, history)
         np.testing.assert_allclose(found[step].latents, latents, rtol=1e-5, atol=1e-6)
     assert [found[2].mode, found[3].mode] == [Mode.SKIP] * 2
@@ -195,10 +195,21 @@ def test_an_unguided_step_runs_for_the_prompt_alone_and_forecasts_the_difference
         if step < 2:
             line = line.after(scheduler.sigmas[step], difference)
         else:
-            difference = line.at(scheduler.sigmas[step])
+            difference = line.at(scheduler.sigmas[step], 0.5)
         guided = (prompt + 4 * difference).astype(np.float32)
         latents, history = scheduler.advance(latents, guided, step, history)
         np.testing.assert_allclose(found[step].latents, latents, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_table_a_skip_step_takes_the_last_prediction_again() -> None:
+    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
+    start = initial_latents(SHAPE, 3, 1.0)
+    schedule = CacheSchedule.from_string("FFK" + "F" * 7)
+    found = list(denoise(FakeEngine(), scheduler, schedule, start, guidance()))
+    negative, prompt = full_by_hand(scheduler, found[0].latents, 1)
+    guided = negative + np.float32(5.0) * (prompt - negative)
+    latents, _ = scheduler.advance(found[1].latents, guided, 2, ())
+    np.testing.assert_allclose(found[2].latents, latents, rtol=1e-5, atol=1e-6)
 
 
 def test_without_guidance_an_unguided_step_is_like_any_other() -> None:
