@@ -31,6 +31,7 @@ from runtime.tokenizer import without_surrogates
 
 _LONGEST_QUOTE = 200  # characters of a cut prompt that a warning shows
 _WARM_UP_STEPS = 3
+_MEASURE_S = 0.5  # of a budget that measuring each graph may take, unless one run takes longer
 
 _DESCRIPTION = """\
 Makes pictures of prompts with a bundle that `cq-edge build` made. Nothing is fetched: the
@@ -172,7 +173,7 @@ def _within_budget(
 ) -> _Recipe:
     """Returns the recipe with the best plan for what is left of the budget, once it is known
     how long the graphs take here."""
-    profile = measure_graphs(engine, bundle)
+    profile = measure_graphs(engine, bundle, at_most_s=_MEASURE_S)
     branches = 1 if recipe.guidance_scale == 1 else 2
     frontier = plan_frontier(recipe.choices, profile, branches)
     spent_ms = (perf_counter() - start) * 1e3

@@ -350,7 +350,7 @@ def test_a_budget_runs_the_best_plan_that_it_allows(
 ) -> None:
     times = {"encode": 2.0, "denoise": 400.0, "denoise_shallow": 30.0, "decode": 5.0}
     profile = DeviceProfile("xnnpack", "", times)
-    monkeypatch.setattr("apps.generate.measure_graphs", lambda *_: profile)
+    monkeypatch.setattr("apps.generate.measure_graphs", lambda *_, **__: profile)
     code, out, _ = generate(STAR, "--budget-ms", "6000", "--json")
     assert code == 0
     # 10 steps of two runs: six full ones take 5 s, seven 5.8 s, and loading takes some too
