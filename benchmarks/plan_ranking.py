@@ -154,7 +154,7 @@ def _plot(panels: Sequence[_Panel], counts: NDArray[np.int64], path: Path) -> No
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4))
     for axis, panel in zip(axes, panels, strict=True):
         dots = axis.scatter(panel.predicted, panel.measured, c=counts, s=18)
-        title = f"{panel.plans}, {panel.objective}: rho {panel.rho:.3f}"
+        title = f"{panel.plans}\n{panel.objective}: rho {panel.rho:.3f}"
         axis.set(xscale="log", yscale="log", xlabel="predicted error", title=title)
     axes[0].set(ylabel="measured error of the final latents")
     figure.colorbar(dots, ax=axes, label="full steps")
