@@ -130,7 +130,7 @@ class CacheSchedule:
         """Returns the schedule of one letter a step: F full, S shallow, K skip; f and s unguided.
 
         Raises:
-            ScheduleError: Another letter stands there, or the first is not F.
+            ScheduleError: Another letter stands there, the first is not F, or S reuses f.
         """
         for step, letter in enumerate(text):
             if letter not in _LETTERS:
