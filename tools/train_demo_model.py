@@ -27,6 +27,7 @@ from tools.demo_training.text import train_text
 from tools.demo_training.tokenizer import write_clip_vocabulary
 from tools.demo_training.unet import new_unet, train_unet
 from tools.demo_training.vae import encode_scenes, psnr_of, train_vae
+from tools.demo_training.widen import widen
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,12 @@ class Workshop:
 
     def unet(self) -> UNet2DConditionModel:
         """Returns the denoiser to start training from."""
+        torch.manual_seed(0)
+        unet = new_unet()
         if not self.args.from_shipped:
-            torch.manual_seed(0)
-            return new_unet()
+            return unet
         folder = DEMO_MODEL / "unet"
-        unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
-        return unet.to(memory_format=torch.channels_last)
+        return widen(UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32), unet)
 
     def scorer(self) -> CLIPModel:
         """Returns the scorer to start training from."""

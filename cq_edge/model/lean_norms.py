@@ -87,6 +87,30 @@ class LeanLayerNorm(nn.Module):
         return scaled if self.bias is None else scaled + self.bias
 
 
+class LeanRmsNorm(nn.Module):
+    """torch.nn.LayerNorm of (B, N, C) over C, for tokens whose first channel is their mean.
+
+    In coordinates where all but the first channel have mean 0 (`rotate_residual_streams`), there is nothing
+    to subtract: the other channels' mean square is the variance. What consumes the result
+    ignores its first channel.
+    """
+
+    average: Tensor
+    epsilon: Tensor
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        (width,) = norm.normalized_shape
+        average = torch.full((1, width), 1.0 / width)
+        average[0, 0] = 0.0
+        self.register_buffer("average", average, persistent=False)
+        self.register_buffer("epsilon", torch.full((1,), norm.eps), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the scaled (B, N, C)."""
+        return x * torch.rsqrt(F.linear(x * x, self.average, self.epsilon))
+
+
 def rewrite_group_norms(root: nn.Module) -> int:
     """Replaces every GroupNorm below `root` in place and returns how many there were."""
     return replace_modules(root, nn.GroupNorm, LeanGroupNorm)

@@ -8,7 +8,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from cq_edge.errors import ModelError
-from cq_edge.model.lean_norms import fold_affine
+from cq_edge.model.lean_norms import LeanRmsNorm, fold_affine
 from cq_edge.model.surgery import replace_modules
 
 
@@ -85,6 +85,82 @@ def fold_transformer_norms(root: nn.Module) -> int:
         if isinstance(module, BasicTransformerBlock):
             folded += _fold_block(module)
     return folded
+
+
+def rotate_residual_streams(root: nn.Module) -> int:
+    """Turns the transformers' layer normalisations into ones that subtract no mean, exactly.
+
+    All that a stream of tokens meets between `proj_in` and `proj_out` is linear layers and
+    normalisations without an affine part. So the layers that write to it can write in other
+    orthonormal coordinates, and those that read it turn them back. In the coordinates chosen the
+    first is the tokens' mean: a normalisation then only scales, and its readers ignore the
+    first. To be called after `fold_transformer_norms` and `fold_attention_biases`. Returns how
+    many normalisations there were.
+
+    Source: Ashkboos et al. 2024, "SliceGPT", section 3.1.
+    """
+    rotated = 0
+    for module in list(root.modules()):
+        if isinstance(module, LeanTransformer) and all(map(_has_geglu, module.transformer_blocks)):
+            rotated += _rotate(module)
+    return rotated
+
+
+def _rotate(transformer: LeanTransformer) -> int:
+    """Changes one transformer's coordinates in place; returns its number of normalisations."""
+    rotation = _mean_first(transformer.proj_in.out_features)
+    readers = rotation.clone()
+    readers[:, 0] = 0.0
+    count = 0
+    _write_in(rotation, transformer.proj_in)
+    for block in transformer.transformer_blocks:
+        for norm, inner, outer in _sublayers(block):
+            _read_in(readers, inner)
+            _write_in(rotation, outer)
+            setattr(block, norm, LeanRmsNorm(getattr(block, norm)))
+            count += 1
+    _read_in(rotation, [transformer.proj_out])
+    return count
+
+
+def _sublayers(block: BasicTransformerBlock) -> list[tuple[str, list[nn.Linear], nn.Linear]]:
+    """Returns each norm's name, the layers that read it, and the one that writes after them."""
+    first, second = block.attn1, block.attn2
+    projection = block.ff.net[0]
+    found = [("norm1", [first.to_q, first.to_k, first.to_v], first.to_out)]
+    if second is not None:
+        found.append(("norm2", [second.to_q], second.to_out))
+    found.append(("norm3", [projection.value, projection.gate], block.ff.net[2]))
+    return found
+
+
+def _mean_first(width: int) -> Tensor:
+    """Returns a symmetric orthogonal (C, C) float64 whose first row is 1/sqrt(C): a reflection."""
+    normal = -torch.full((width,), width**-0.5, dtype=torch.float64)
+    normal[0] += 1.0
+    reflection = torch.eye(width, dtype=torch.float64)
+    if width > 1:
+        reflection -= 2.0 / (normal @ normal) * torch.outer(normal, normal)
+    return reflection
+
+
+@torch.no_grad()
+def _write_in(rotation: Tensor, linear: nn.Linear) -> None:
+    dtype = linear.weight.dtype
+    linear.weight = nn.Parameter((rotation @ linear.weight.double()).to(dtype), requires_grad=False)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter((rotation @ linear.bias.double()).to(dtype), requires_grad=False)
+
+
+@torch.no_grad()
+def _read_in(rotation: Tensor, linears: list[nn.Linear]) -> None:
+    for linear in linears:
+        weight = linear.weight.double() @ rotation
+        linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+
+
+def _has_geglu(block: BasicTransformerBlock) -> bool:
+    return isinstance(block.ff.net[0], LeanGeglu)
 
 
 def _fold_block(block: BasicTransformerBlock) -> int:

@@ -16,6 +16,7 @@ from cq_edge.model.lean_transformer import (
     fold_transformer_norms,
     rewrite_feed_forward,
     rewrite_transformers,
+    rotate_residual_streams,
 )
 
 Root = TypeVar("Root", bound=nn.Module)
@@ -29,6 +30,7 @@ SURGERIES = (
     rewrite_feed_forward,
     fold_transformer_norms,
     fold_attention_biases,
+    rotate_residual_streams,
     rewrite_group_norms,
     rewrite_layer_norms,
 )

@@ -15,9 +15,9 @@ from cq_edge.model.lean_attention import (
     fold_attention_biases,
     rewrite_attention,
 )
-from cq_edge.model.lean_norms import LeanGroupNorm, LeanLayerNorm, fold_affine
+from cq_edge.model.lean_norms import LeanGroupNorm, LeanLayerNorm, LeanRmsNorm, fold_affine
 from cq_edge.model.lean_resnet import LeanTimesteps, LeanUpsample, rewrite_resnets
-from cq_edge.model.lean_transformer import rewrite_transformers
+from cq_edge.model.lean_transformer import _mean_first, rewrite_transformers
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import split_unet
 from tests.model.tiny_models import step_inputs, tiny_unet, tiny_vae
@@ -58,6 +58,30 @@ def test_a_norms_affine_part_moves_into_the_layers_behind_it():
     assert norm.weight is None
     for expected, linear in zip(before, (with_bias, without), strict=True):
         assert agreement_db(expected, linear(norm(x))) > 110
+
+
+@pytest.mark.parametrize("width", [1, 2, 24])
+def test_rotation_puts_the_mean_first_and_keeps_lengths(width):
+    rotation = _mean_first(width)
+    x = torch.randn(width, 5, dtype=torch.float64)
+    torch.testing.assert_close((rotation @ x)[0], x.mean(0) * width**0.5)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(width, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mean", [0.0, 20.0])
+@torch.no_grad()
+def test_transformers_need_no_mean_of_tokens_and_stay_equal(mean):
+    transformer = Transformer2DModel(2, 8, 16, num_layers=2, norm_num_groups=4,
+        cross_attention_dim=10, activation_fn="geglu").eval()  # fmt: skip
+    transformer.proj_in.bias += mean
+    root = nn.ModuleList([transformer])
+    picture, context = torch.randn(2, 16, 3, 5), torch.randn(2, 7, 10)
+    expected = transformer(picture, encoder_hidden_states=context).sample
+    rewritten = rewrite_for_xnnpack(root)
+    kinds = [type(module) for module in rewritten.modules()]
+    assert kinds.count(LeanRmsNorm) == 6
+    assert LeanLayerNorm not in kinds
+    assert agreement_db(expected, rewritten[0](picture, context)[0]) > 100
 
 
 @pytest.mark.parametrize("context_width", [None, 10])

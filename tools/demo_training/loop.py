@@ -1,4 +1,8 @@
-"""The one training loop: AdamW, warm-up and cosine decay, EMA, checkpoints to resume from."""
+"""The one training loop: AdamW, warm-up and cosine decay, EMA, checkpoints to resume from.
+
+Started by torchrun, every process trains on its own part of a step's batches: two single-threaded
+processes train faster on two cores than one with two threads.
+"""
 
 import csv
 import math
@@ -8,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -41,7 +46,8 @@ def train(
         config: The hyper-parameters.
         network: Everything that learns.
         loss_of_step: The loss of the batch that belongs to a step; it seeds itself from the
-            step, so that a resumed run sees what an unbroken one would have.
+            step, so that a resumed run sees what an unbroken one would have. With several
+            processes, each gets a number of its own in every step.
         folder: Where `<name>.pt` (the checkpoint) and `<name>_loss.csv` go.
     """
     checkpoint = folder / f"{config.name}.pt"
@@ -53,14 +59,23 @@ def train(
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         average, first = state["average"], state["step"]
-    progress = tqdm(range(first, config.steps), desc=config.name, initial=first, total=config.steps)
+    rank, processes = _place()
+    progress = tqdm(
+        range(first, config.steps),
+        desc=config.name,
+        initial=first,
+        total=config.steps,
+        disable=rank > 0,
+    )
     losses: list[tuple[int, float]] = []
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(config, step)
-        loss = loss_of_step(step)
+        loss = loss_of_step(step * processes + rank)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
+        if processes > 1:
+            _average_gradients(network, processes)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         decay = min(config.ema_decay, (1 + step) / (10 + step))
@@ -69,12 +84,33 @@ def train(
                 average[key].lerp_(value, 1 - decay)
         losses.append((step, loss.item()))
         progress.set_postfix(loss=f"{losses[-1][1]:.4f}")
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+        is_due = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
+        if is_due and rank == 0:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
             _save({**state, "average": average, "step": step + 1}, checkpoint)
             _append_losses(folder / f"{config.name}_loss.csv", losses)
             losses.clear()
     return average
+
+
+def _place() -> tuple[int, int]:
+    """Returns this process's number and how many there are; joins the others at first."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _average_gradients(network: nn.Module, processes: int) -> None:
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= processes
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
 
 
 def load_average(name: str, folder: Path) -> dict[str, Tensor]:

@@ -22,11 +22,11 @@ def new_unet() -> UNet2DConditionModel:
         in_channels=4,
         out_channels=4,
         layers_per_block=2,
-        block_out_channels=(64, 96, 160),
+        block_out_channels=(64, 128, 160),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=128,
-        attention_head_dim=[2, 3, 5],  # diffusers' name for the number of heads
+        attention_head_dim=[2, 4, 5],  # diffusers' name for the number of heads
         norm_num_groups=16,
     ).to(memory_format=torch.channels_last)
 
