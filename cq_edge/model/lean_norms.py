@@ -90,9 +90,9 @@ class LeanLayerNorm(nn.Module):
 class LeanRmsNorm(nn.Module):
     """torch.nn.LayerNorm of (B, N, C) over C, for tokens whose first channel is their mean.
 
-    In coordinates where all but the first channel have mean 0 (`rotate_residual_streams`), there is nothing
-    to subtract: the other channels' mean square is the variance. What consumes the result
-    ignores its first channel.
+    In coordinates where the first channel alone holds the mean (`rotate_residual_streams`),
+    there is nothing to subtract: the other channels' mean square is the variance. What consumes
+    the result ignores its first channel.
     """
 
     average: Tensor

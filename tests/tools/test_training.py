@@ -19,7 +19,6 @@ from tools.demo_training.unet import _stratified_timesteps
 from tools.demo_training.vae import new_vae, normalise_latents
 from tools.demo_training.widen import widen
 
-
 _TWO_PROCESSES = """
 import sys
 from pathlib import Path

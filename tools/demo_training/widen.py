@@ -106,4 +106,3 @@ class _Repeats:
         parts = 0.5 + torch.rand(len(columns), generator=self.generator)
         total = torch.zeros(int(columns.max()) + 1).index_add(0, columns, parts)
         return parts / total[columns]
-
