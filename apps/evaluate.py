@@ -69,6 +69,7 @@ class Side:
     bundle: Bundle
     profile: DeviceProfile
     tables: tuple[ReuseTable, ...]
+    frontier: tuple[Plan, ...]
     make: Callable[[int, CacheSchedule, ReuseTable | None], Method]
 
     @property
@@ -152,7 +153,8 @@ def _side(bundle: Bundle, engine: Engine) -> Side:
     def make(steps: int, schedule: CacheSchedule, table: ReuseTable | None) -> Method:
         return Method(bundle, engine, steps, schedule, table)
 
-    return Side(bundle, measure_graphs(engine, bundle), bundle.reuse_tables(), make)
+    profile, tables = measure_graphs(engine, bundle), bundle.reuse_tables()
+    return Side(bundle, profile, tables, plan_frontier(tables, profile, 2), make)
 
 
 def _require_same_model(reference: Bundle, ours: Bundle) -> None:
@@ -208,9 +210,8 @@ def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
 
 def _planned(side: Side, budget_ms: float) -> Plan:
     """Returns the plan of least error whose loop keeps a budget, or the fastest."""
-    frontier = plan_frontier(side.tables, side.profile, 2)
-    fits = [plan for plan in frontier if side.loop_ms(plan.schedule) <= budget_ms]
-    return fits[-1] if fits else frontier[0]
+    fits = [plan for plan in side.frontier if side.loop_ms(plan.schedule) <= budget_ms]
+    return fits[-1] if fits else side.frontier[0]
 
 
 def _same(plan: Plan, side: Side) -> Plan:

@@ -12,19 +12,21 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from apps.engines import engine_for
 from cq_edge.model.capture import MAX_SKIP
+from cq_edge.model.trajectory import Loop
 from cq_edge.noise_scheduler import NoiseScheduler, make_noise_scheduler
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
-from runtime.denoise import Guidance
 from runtime.engine import Engine
-from runtime.generate import encode_prompt, initial_latents
+from runtime.generate import encode_prompt
 
-_SCENES_SEED = 50_000_001
+_SCENES_SEED, _SEED = 50_000_001, 3_000
 _ORDERS = {"reuse": 0, "line": 1, "parabola": 2, "cubic": 3}
 _FIRST = 10  # the first step that every order reaches at every gap without PNDM's twin steps
 _LAST = 2  # steps in which the noise prediction bends: a line overshoots
@@ -48,38 +50,41 @@ def main() -> None:
     influence = bundle.reuse_table(defaults.noise_scheduler, defaults.steps).influence
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
     engine = engine_for(bundle, args.threads)
+    loop = _loop(engine, bundle, noise_scheduler)
     runs = [
-        _predictions(engine, bundle, noise_scheduler, caption, seed)
-        for seed, caption in enumerate(tqdm(captions, desc="captions"), start=3_000)
+        _predictions(loop, engine, bundle, number, caption)
+        for number, caption in enumerate(tqdm(captions, desc="captions"))
     ]
     text = _table(np.stack(runs), noise_scheduler, influence, bundle)
     (args.docs / "forecasts.md").write_text(text, encoding="utf-8")
     print(text)
 
 
+def _loop(engine: Engine, bundle: Bundle, noise_scheduler: NoiseScheduler) -> Loop:
+    """Returns the loop of the bundle's full graph."""
+
+    def full(latents: Tensor, timestep: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        inputs = {"latents": latents, "timestep": timestep, "embeddings": embeddings}
+        outputs = engine.run("denoise", {name: x.numpy() for name, x in inputs.items()})
+        noise_pred, feature = (torch.from_numpy(x) for x in outputs.values())
+        return noise_pred, feature
+
+    size = bundle.manifest.latents
+    shape = (size.channels, size.height, size.width)
+    scale = bundle.manifest.defaults.guidance_scale
+    return Loop(full, noise_scheduler, shape, scale, seed=_SEED)
+
+
 def _predictions(
-    engine: Engine, bundle: Bundle, noise_scheduler: NoiseScheduler, caption: str, seed: int
+    loop: Loop, engine: Engine, bundle: Bundle, number: int, caption: str
 ) -> NDArray[np.float64]:
     """Returns (T, 4, h, w): the guided noise prediction of every step."""
-    tokenizer, size = bundle.tokenizer(), bundle.manifest.latents
-    prompt, negative = (encode_prompt(engine, tokenizer, text)[0] for text in (caption, ""))
-    guidance = Guidance(prompt, negative, bundle.manifest.defaults.guidance_scale)
-    shape = (size.channels, size.height, size.width)
-    latents = initial_latents(shape, seed, noise_scheduler.init_noise_sigma)
-    history, found = (), []
-    for step in range(len(noise_scheduler.timesteps)):
-        seen = {
-            "latents": noise_scheduler.model_input(latents, step),
-            "timestep": noise_scheduler.timesteps[step : step + 1],
-        }
-        uncond, cond = (
-            engine.run("denoise", {**seen, "embeddings": branch})["noise_pred"]
-            for branch in guidance.branches
-        )
-        guided = uncond + np.float32(guidance.scale) * (cond - uncond)
-        latents, history = noise_scheduler.advance(latents, guided, step, history)
-        found.append(guided[0].astype(np.float64))
-    return np.stack(found)
+    negative, prompt = (
+        torch.from_numpy(encode_prompt(engine, bundle.tokenizer(), text)[0])
+        for text in ("", caption)
+    )
+    visits = loop.run(number, (negative, prompt))
+    return np.concatenate([visit.noise_pred.double().numpy() for visit in visits])
 
 
 def _table(

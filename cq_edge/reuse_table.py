@@ -142,18 +142,6 @@ class ReuseTable:
             return ChannelCorrection.identity(self.channels)
         return ChannelCorrection(self.gain[anchor, gap], self.bias[anchor, gap])
 
-    def forecast_slope(self, kind: str, last: int, step: int) -> float:
-        """Returns the share of the line's slope to follow; 0 from further back than was measured.
-
-        Args:
-            kind: "skip" or "unguided".
-            last: The last step that computed what is forecast.
-            step: The step to forecast for.
-        """
-        slopes: NDArray[np.float32] = getattr(self, f"{kind}_slope")
-        gap = step - last
-        return float(slopes[last, gap]) if gap < slopes.shape[1] else 0.0
-
     def without_corrections(self) -> Self:
         """Returns the table whose corrections change nothing: gain 1, bias 0."""
         return replace(self, gain=np.ones_like(self.gain), bias=np.zeros_like(self.bias))

@@ -1,7 +1,7 @@
 """The denoising loop: a generator over steps; the caller owns progress, memory, cancelling."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -145,9 +145,10 @@ class _Denoiser:
         self._engine = engine
         self._guidance = guidance
         self._features: list[FloatArray] = []
-        self._predictions = _Forecasts("skip", noise_scheduler, reuse_table)
+        table, sigmas = reuse_table, noise_scheduler.sigmas
+        self._predictions = _Forecasts(sigmas, None if table is None else table.skip_slope)
         # of what the prompt's prediction differs by from the negative's
-        self._differences = _Forecasts("unguided", noise_scheduler, reuse_table)
+        self._differences = _Forecasts(sigmas, None if table is None else table.unguided_slope)
 
     def forecast(self, step: int) -> FloatArray:
         """Returns what the guided noise prediction should be at a step that runs no graph."""
@@ -216,14 +217,15 @@ class _Denoiser:
 
 
 class _Forecasts:
-    """Forecasts of a value from the steps that computed it; without a table the last one again."""
+    """Forecasts of a value from the steps that computed it.
 
-    def __init__(
-        self, kind: str, noise_scheduler: NoiseScheduler, reuse_table: ReuseTable | None
-    ) -> None:
-        self._kind = kind
-        self._sigmas = noise_scheduler.sigmas
-        self._table = reuse_table
+    `slopes` [i, g] is the share of the line's slope that step i + g follows, if step i was the
+    last to compute the value; without them, and from further back, the value is taken again.
+    """
+
+    def __init__(self, sigmas: Sequence[float], slopes: FloatArray | None) -> None:
+        self._sigmas = sigmas
+        self._slopes = slopes
         self._line = Forecast()
         self._last = 0
 
@@ -233,9 +235,9 @@ class _Forecasts:
 
     def at(self, step: int) -> FloatArray:
         """Returns what to expect at a step."""
-        slope = 0.0
-        if self._table is not None:
-            slope = self._table.forecast_slope(self._kind, self._last, step)
+        slope, gap = 0.0, step - self._last
+        if self._slopes is not None and gap < self._slopes.shape[1]:
+            slope = float(self._slopes[self._last, gap])
         forecast: FloatArray = self._line.at(self._sigmas[step], slope).astype(np.float32)
         return forecast
 

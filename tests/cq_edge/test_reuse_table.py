@@ -281,9 +281,3 @@ def test_only_our_objective_knows_what_forecasts_cost():
     assert ours.unguided.shape == table().unguided.shape
     np.testing.assert_array_equal(papers.shallow, table().feature_l1)
     assert papers.skip.shape == papers.unguided.shape == (T, 1)
-
-
-def test_a_forecast_from_further_back_than_was_measured_follows_no_line():
-    assert table().forecast_slope("skip", 1, 2) == 0.5
-    assert table().forecast_slope("skip", 1, 3) == 0
-    assert table().forecast_slope("unguided", 1, 3) == 1

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -201,11 +202,15 @@ def test_an_unguided_step_runs_for_the_prompt_alone_and_forecasts_the_difference
         np.testing.assert_allclose(found[step].latents, latents, rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_table_a_skip_step_takes_the_last_prediction_again() -> None:
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_skip_step_beyond_what_was_measured_takes_the_last_prediction(measured: bool) -> None:
+    nothing = np.zeros((STEPS, 1))
+    table = replace(reuse_table(), skip=nothing, skip_slope=nothing.astype(np.float32))
     scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
     start = initial_latents(SHAPE, 3, 1.0)
     schedule = CacheSchedule.from_string("FFK" + "F" * 7)
-    found = list(denoise(FakeEngine(), scheduler, schedule, start, guidance()))
+    given = (start, guidance(), table if measured else None)
+    found = list(denoise(FakeEngine(), scheduler, schedule, *given))
     negative, prompt = full_by_hand(scheduler, found[0].latents, 1)
     guided = negative + np.float32(5.0) * (prompt - negative)
     latents, _ = scheduler.advance(found[1].latents, guided, 2, ())
