@@ -101,9 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in the shallow graph (default: %(default)s)")  # fmt: skip
     add("--quantization", choices=tuple(_FLOORS_DB), default="int8", help="of the UNet (default: "
         "%(default)s)")  # fmt: skip
-    add("--compression", type=float, metavar="X", help="UNet weights at least X times smaller than "
-        "float32: four bits in the Linear layers where it costs least (default: eight bits "
-        "everywhere, about 3.9)")  # fmt: skip
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--compression", type=float, metavar="X", help="UNet weights at least X "
+        "times smaller than float32: four bits in the Linear layers where it costs least "
+        "(default: eight bits everywhere, about 3.9)")  # fmt: skip
+    size.add_argument("--target-bytes", type=int, metavar="N", help="the same, as the bytes that "
+        "the UNet's weights may take")  # fmt: skip
     add("--json", action="store_true", help="print one line of JSON")
 
 
@@ -147,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
         max_gap=args.max_gap,
         shallow_layers=args.shallow_layers,
         quantization=args.quantization,
-        compression=args.compression,
+        compression=_asked_compression(args, pipeline),
         also=also,
     )
     optimized = _optimize(pipeline, config)
@@ -194,6 +197,18 @@ def _full_steps(asked: int | None, total: int, max_gap: int) -> int:
             f"{fewest} to {total}"
         )
     return chosen
+
+
+def _asked_compression(
+    args: argparse.Namespace, pipeline: "StableDiffusionPipeline"
+) -> float | None:
+    """Returns how many times smaller than float32 the UNet's weights are to be."""
+    if args.target_bytes is None:
+        asked: float | None = args.compression
+        return asked
+    if args.target_bytes < 1:
+        raise UsageError(f"--target-bytes is {args.target_bytes}: it must be 1 or more")
+    return _float32_bytes(pipeline) / float(args.target_bytes)
 
 
 def _latent_shape(pipeline: "StableDiffusionPipeline") -> LatentShape:
@@ -361,8 +376,12 @@ def _unet_compression(
     from exporters.method_bytes import together
 
     kept = together(results[name].size for name in _UNET_GRAPHS).weights
+    return _float32_bytes(pipeline) / sum(kept.values())
+
+
+def _float32_bytes(pipeline: "StableDiffusionPipeline") -> int:
     parameters: int = sum(p.numel() for p in pipeline.unet.parameters())
-    return 4 * parameters / sum(kept.values())
+    return 4 * parameters
 
 
 def _conditions(quantization: str, unet_compression: float) -> dict[str, str | int | float]:
