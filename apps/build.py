@@ -103,8 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "%(default)s)")  # fmt: skip
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--compression", type=float, metavar="X", help="UNet weights at least X "
-        "times smaller than float32: four bits in the Linear layers where it costs least "
-        "(default: eight bits everywhere, about 3.9)")  # fmt: skip
+        "times smaller than float32, up to about 6: four bits in the layers where they cost "
+        "least, linear ones first, since a convolution gets slower by it (default: eight bits "
+        "everywhere, about 3.9)")  # fmt: skip
     size.add_argument("--target-bytes", type=int, metavar="N", help="the same, as the bytes that "
         "the UNet's weights may take")  # fmt: skip
     add("--json", action="store_true", help="print one line of JSON")

@@ -1,9 +1,10 @@
-"""Which Linear layers take four bits, so that the UNet fits a size: those that cost least.
+"""Which layers take four bits, so that the UNet fits a size: those that cost least.
 
-Convolutions have eight bits at least: XNNPACK has no narrower ones.
+Linear layers come first. XNNPACK has no convolution of four bits: as a linear layer it is slower,
+and is chosen only where the linear layers do not save enough.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,11 @@ from torchao.quantization.quant_primitives import (
 from cq_edge.errors import UsageError
 from cq_edge.influence import step_influence
 from cq_edge.model.quantize import FIRST_AND_LAST, GROUP, is_named
+from cq_edge.model.unfolded_conv import can_unfold, folded_weight, unfolded_weight
 from cq_edge.noise_scheduler import NoiseScheduler
 
-_SCALE_BYTES = 4
+Layer = nn.Linear | nn.Conv2d
+_SCALE_BYTES, _GROUP_SCALE_BYTES = 4, 2  # XNNPACK's are float32 and bfloat16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +44,7 @@ def choose_four_bits(
     guidance_scale: float,
     on_layer: Callable[[], object] = lambda: None,
 ) -> frozenset[str]:
-    """Returns the names of the Linear layers of `full` that are to have four bits.
+    """Returns the names of the layers of `full` that are to have four bits.
 
     Each candidate is rounded to four bits alone and the guided noise prediction's squared
     error is measured over a short run of the loop, weighted by each step's influence. Layers
@@ -60,18 +63,20 @@ def choose_four_bits(
         UsageError: The layers there are do not save enough; says how much is possible.
     """
     target = 4 * sum(p.numel() for p in full.parameters()) / compression
-    layers = candidates(full)
-    smallest = stored_bytes(full, layers)
+    chosen: list[str] = []
+    layers: Mapping[str, Layer] = linear_candidates(full)
+    if stored_bytes(full, layers) > target:
+        chosen, layers = list(layers), conv_candidates(full)
+    smallest = stored_bytes(full, {*chosen, *layers})
     if smallest > target:
         most = compression * target / smallest
         raise UsageError(
-            f"the UNet cannot be {compression:g} times smaller: with four bits in every Linear "
-            f"layer it is {most:.2f} times smaller; ask for less"
+            f"the UNet cannot be {compression:g} times smaller: with four bits wherever they are "
+            f"possible it is {most:.2f} times smaller; ask for less"
         )
     samples = _samples(full, prompts, noise_scheduler, latents_shape)
     errors = _errors(full, layers, samples, guidance_scale, on_layer)
     saved = {name: _saved_bytes(layer) for name, layer in layers.items()}
-    chosen: list[str] = []
     for name in sorted(layers, key=lambda name: errors[name] / saved[name]):
         if stored_bytes(full, chosen) <= target:
             break
@@ -79,13 +84,25 @@ def choose_four_bits(
     return frozenset(chosen)
 
 
-def candidates(full: nn.Module) -> dict[str, nn.Linear]:
+def linear_candidates(full: nn.Module) -> dict[str, nn.Linear]:
     """Returns the Linear layers that can have four bits, by name."""
     return {
         name: module
         for name, module in full.named_modules()
         if isinstance(module, nn.Linear)
         and module.in_features % GROUP == 0
+        and not is_named(name, FIRST_AND_LAST)
+    }
+
+
+def conv_candidates(full: nn.Module) -> dict[str, nn.Conv2d]:
+    """Returns the convolutions that can have four bits, by name."""
+    return {
+        name: module
+        for name, module in full.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and can_unfold(module)
+        and module.in_channels % GROUP == 0
         and not is_named(name, FIRST_AND_LAST)
     }
 
@@ -99,16 +116,16 @@ def stored_bytes(full: nn.Module, four_bits: Collection[str]) -> int:
             if not is_weight or is_named(name, FIRST_AND_LAST):
                 total += 4 * parameter.numel()
             elif name in four_bits:
-                total += parameter.numel() // 2 + _SCALE_BYTES * (parameter.numel() // GROUP)
+                total += parameter.numel() // 2 + _GROUP_SCALE_BYTES * (parameter.numel() // GROUP)
             else:
                 total += parameter.numel() + _SCALE_BYTES * len(parameter)
     return total
 
 
-def _saved_bytes(layer: nn.Linear) -> int:
+def _saved_bytes(layer: Layer) -> int:
     """Returns what four bits save against eight."""
     count = layer.weight.numel()
-    return count // 2 - _SCALE_BYTES * (count // GROUP - layer.out_features)
+    return count // 2 + _SCALE_BYTES * len(layer.weight) - _GROUP_SCALE_BYTES * (count // GROUP)
 
 
 def _samples(
@@ -136,7 +153,7 @@ def _samples(
 
 def _errors(
     full: nn.Module,
-    layers: dict[str, nn.Linear],
+    layers: Mapping[str, Layer],
     samples: list[_Sample],
     guidance_scale: float,
     on_layer: Callable[[], object],
@@ -152,7 +169,7 @@ def _errors(
     errors = {}
     for name, layer in layers.items():
         kept = layer.weight
-        layer.weight = nn.Parameter(_rounded(kept), requires_grad=False)
+        layer.weight = nn.Parameter(_rounded(layer), requires_grad=False)
         errors[name] = sum(
             sample.weight * float((guided(sample) - right).square().mean())
             for sample, right in zip(samples, expected, strict=True)
@@ -162,8 +179,9 @@ def _errors(
     return errors
 
 
-def _rounded(weight: Tensor) -> Tensor:
+def _rounded(layer: Layer) -> Tensor:
     """Returns weights on the grid of four bits, one scale per `GROUP` weights of a row."""
+    weight = unfolded_weight(layer) if isinstance(layer, nn.Conv2d) else layer.weight
     block = (1, GROUP)
     scale, zero_point = choose_qparams_affine(
         weight, MappingType.SYMMETRIC, block, torch.int8, quant_min=-8, quant_max=7,
@@ -171,4 +189,4 @@ def _rounded(weight: Tensor) -> Tensor:
     )  # fmt: skip
     levels = quantize_affine(weight, block, scale, zero_point, torch.int8, -8, 7)
     rounded: Tensor = dequantize_affine(levels, block, scale, zero_point, torch.int8, -8, 7)
-    return rounded
+    return folded_weight(rounded, layer) if isinstance(layer, nn.Conv2d) else rounded

@@ -3,7 +3,8 @@
 Weights are int8 with one scale per output channel; activations become int8 while the graph
 runs, per token in linear layers and per picture in convolutions. torchao does the linear
 layers; its configurations take no Conv2d, so that is a module of ours on torchao's primitives.
-Linear layers named so have weights of four bits instead, with a scale per `GROUP` of them.
+Layers named so have weights of four bits instead, with a scale per `GROUP` of them: XNNPACK has
+that for linear layers alone, so that a convolution becomes one.
 """
 
 import copy
@@ -23,6 +24,7 @@ from torchao.quantization.quant_primitives import (
 )
 
 from cq_edge.model.surgery import replace_modules
+from cq_edge.model.unfolded_conv import UnfoldedConv2d
 
 Root = TypeVar("Root", bound=nn.Module)
 FIRST_AND_LAST = ("conv_in", "conv_out", "head.conv")
@@ -85,17 +87,21 @@ def quantize_for_xnnpack(
         module: Already rewritten for XNNPACK; the rewrites' constant helpers are no layers and
             stay float.
         keep: Names of layers that stay float32, matched as `is_named` does.
-        four_bits: Qualified names of Linear layers that get four bits instead; their inputs are
-            a multiple of `GROUP`.
+        four_bits: Qualified names of layers that get four bits instead: Linear ones, and
+            convolutions that can be unfolded, whose inputs are a multiple of `GROUP`.
     """
     quantized = copy.deepcopy(module)
     names = {id(child): name for name, child in quantized.named_modules()}
 
     def convolution(conv: nn.Conv2d) -> nn.Module:
+        if names[id(conv)] in four_bits:
+            return UnfoldedConv2d(conv)
         fits = conv.groups == 1 and conv.padding_mode == "zeros"
         return conv if is_named(names[id(conv)], keep) or not fits else Int8Conv2d(conv)
 
     replace_modules(quantized, nn.Conv2d, convolution)
+    names = {id(child): name for name, child in quantized.named_modules()}
+    narrowed = {*four_bits, *(f"{name}.linear" for name in four_bits)}
     done: set[int] = set()
 
     def linears(wanted: Callable[[str], bool]) -> Callable[[nn.Module, str], bool]:
@@ -114,7 +120,7 @@ def quantize_for_xnnpack(
         weight_dtype=torch.int4,  # type: ignore[attr-defined]
         weight_granularity=PerGroup(GROUP),
     )
-    quantize_(quantized, narrow, filter_fn=linears(lambda name: name in four_bits))
+    quantize_(quantized, narrow, filter_fn=linears(lambda name: name in narrowed))
     wide = Int8DynamicActivationIntxWeightConfig(
         weight_dtype=torch.int8, weight_granularity=PerAxis(0)
     )

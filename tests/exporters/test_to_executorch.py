@@ -5,6 +5,7 @@ from torch import nn
 
 from cq_edge.errors import ExportError
 from cq_edge.manifest import TensorSpec
+from cq_edge.metrics import sqnr_db
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.rewrite import rewrite_for_xnnpack
@@ -76,6 +77,29 @@ def test_a_tensor_beside_itself_is_delegated(tmp_path):
     assert report.graphs["forward"].outside == {}
     doubled = load_graph(tmp_path / "a.pte", spec)({"x": x})["y"]
     assert np.array_equal(doubled, np.concatenate([x, x], axis=-1))
+
+
+def test_a_convolution_of_four_bits_is_delegated_and_half_as_large(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1)).eval()
+    spec = GraphSpec(
+        "forward",
+        (TensorSpec("x", (1, 32, 8, 6), "float32"),),
+        (TensorSpec("y", (1, 64, 8, 6), "float32"),),
+    )
+    x = torch.randn(1, 32, 8, 6)
+    sizes = {}
+    for four_bits in ((), ("0",)):
+        path = tmp_path / f"{len(four_bits)}.pte"
+        quantised = quantize_for_xnnpack(net, four_bits=four_bits)
+        report = export_executorch({"forward": (quantised, (x,))}, path)
+        assert report.graphs["forward"].outside == {}
+        found = load_graph(path, spec)({"x": x.numpy()})["y"]
+        with torch.no_grad():
+            assert sqnr_db(quantised(x).numpy(), found) > 40
+            assert sqnr_db(net(x).numpy(), found) > 15
+        sizes[four_bits] = sum(method_bytes(path)["forward"].weights.values())
+    assert sizes["0",] < 0.66 * sizes[()]
 
 
 @pytest.mark.slow

@@ -4,10 +4,21 @@ from torch import nn
 
 from cq_edge.errors import UsageError
 from cq_edge.metrics import sqnr_db
-from cq_edge.model.mixed_precision import candidates, choose_four_bits, stored_bytes
+from cq_edge.model.mixed_precision import (
+    choose_four_bits,
+    conv_candidates,
+    linear_candidates,
+    stored_bytes,
+)
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import split_unet
+from cq_edge.model.unfolded_conv import (
+    UnfoldedConv2d,
+    can_unfold,
+    folded_weight,
+    unfolded_weight,
+)
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 from tests.model.tiny_models import step_inputs, tiny_unet
 
@@ -31,22 +42,22 @@ def compression(full, chosen):
 @torch.no_grad()
 def test_as_many_layers_have_four_bits_as_the_size_needs():
     full = rewritten()[0]
-    least, most = compression(full, ()), compression(full, candidates(full))
+    least, most = compression(full, ()), compression(full, linear_candidates(full))
     assert choose(full, least) == frozenset()
     middle = (least + most) / 2
     chosen = choose(full, middle)
     assert compression(full, chosen) >= middle
-    assert 0 < len(chosen) < len(candidates(full))
-    assert choose(full, most) == set(candidates(full))
+    assert 0 < len(chosen) < len(linear_candidates(full))
+    assert choose(full, most) == set(linear_candidates(full))
 
 
 @torch.no_grad()
 def test_the_layers_chosen_cost_less_than_the_others_would():
     pair = rewritten()
     full = pair[0]
-    least, most = compression(full, ()), compression(full, candidates(full))
+    least, most = compression(full, ()), compression(full, linear_candidates(full))
     chosen = choose(full, (least + most) / 2)
-    others = set(candidates(full)) - chosen
+    others = set(linear_candidates(full)) - chosen
     inputs = step_inputs(width=32)
     expected = full(*inputs)[0].numpy()
 
@@ -62,13 +73,39 @@ def test_trying_leaves_the_weights_as_they_were():
     full, told = rewritten()[0], []
     before = {name: p.clone() for name, p in full.named_parameters()}
     choose(full, compression(full, ()) * 1.02, on_layer=lambda: told.append(None))
-    assert len(told) == len(candidates(full))
+    assert len(told) == len(linear_candidates(full))
     assert all(torch.equal(p, before[name]) for name, p in full.named_parameters())
+
+
+@torch.no_grad()
+def test_convolutions_have_four_bits_only_where_the_linear_layers_are_not_enough():
+    full = rewritten()[0]
+    linear, convs = linear_candidates(full), conv_candidates(full)
+    middle = (compression(full, linear) + compression(full, {**linear, **convs})) / 2
+    chosen = choose(full, middle)
+    assert set(linear) < chosen < {*linear, *convs}
+    assert compression(full, chosen) >= middle
+
+
+@torch.no_grad()
+def test_an_unfolded_convolution_is_numerically_equal():
+    conv = nn.Conv2d(6, 5, 3, padding=1)
+    x = torch.randn(2, 6, 7, 4)
+    assert sqnr_db(conv(x).numpy(), UnfoldedConv2d(conv)(x).numpy()) > 110
+    torch.testing.assert_close(folded_weight(unfolded_weight(conv), conv), conv.weight)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"stride": 2}, {"padding": 0}, {"groups": 2}, {"padding_mode": "reflect"}]
+)
+def test_other_convolutions_cannot_be_unfolded(changes):
+    assert can_unfold(nn.Conv2d(6, 6, 3, padding=1))
+    assert not can_unfold(nn.Conv2d(6, 6, 3, **{"padding": 1, **changes}))
 
 
 def test_a_size_that_cannot_be_had_says_which_can():
     full = rewritten()[0]
-    most = compression(full, candidates(full))
+    most = compression(full, {**linear_candidates(full), **conv_candidates(full)})
     message = f"^the UNet cannot be 7 times smaller: .* it is {most:.2f} times smaller; ask for"
     with pytest.raises(UsageError, match=message):
         choose(full, 7.0)
@@ -77,9 +114,19 @@ def test_a_size_that_cannot_be_had_says_which_can():
 @torch.no_grad()
 def test_layers_of_four_bits_are_stored_in_four_and_the_others_in_eight():
     pair = rewritten()
-    name = next(iter(candidates(pair[0])))
+    name = next(iter(linear_candidates(pair[0])))
     full, _ = quantize_for_xnnpack(pair, four_bits={f"0.{name}"})
     layer = full.get_submodule(name)
     assert layer.weight.qdata.unique().numel() <= 16
-    other = full.get_submodule(list(candidates(pair[0]))[1])
+    other = full.get_submodule(list(linear_candidates(pair[0]))[1])
     assert other.weight.qdata.unique().numel() > 16
+
+
+@torch.no_grad()
+def test_a_convolution_of_four_bits_is_a_linear_layer_of_four_bits():
+    pair = rewritten()
+    name = next(iter(conv_candidates(pair[0])))
+    full, _ = quantize_for_xnnpack(pair, four_bits={f"0.{name}"})
+    layer = full.get_submodule(name)
+    assert isinstance(layer, UnfoldedConv2d)
+    assert layer.linear.weight.qdata.unique().numel() <= 16
