@@ -135,17 +135,20 @@ def train_scorer_stage(shop: Workshop) -> None:
 
 
 def package_stage(shop: Workshop) -> None:
-    """Writes the newest averaged weights of everything as the shipped float16 folders."""
+    """Writes the newest averaged weights of everything as the shipped float16 folders; a scorer
+    that was not trained stays as it is."""
     unet = new_unet()
     unet.load_state_dict(load_average("unet", shop.folder))
     package.package_pipeline(shop.tokenizer(), shop.text(), shop.vae().cpu(), unet, DEMO_MODEL)
+    plot_losses(shop.folder, DEMO_MODEL / "training_loss.png")
+    if shop.args.from_shipped and not (shop.folder / "scorer.pt").exists():
+        return
     clip = new_scorer(shop.tokenizer())
     weights = load_average("scorer", shop.folder)
     clip.load_state_dict(
         {k.removeprefix("clip."): v for k, v in weights.items() if k.startswith("clip.")}
     )
     package.package_scorer(shop.tokenizer(), clip, DEMO_SCORER)
-    plot_losses(shop.folder, DEMO_MODEL / "training_loss.png")
 
 
 def judge_stage(shop: Workshop) -> None:
