@@ -65,7 +65,7 @@ def test_the_layers_chosen_cost_less_than_the_others_would():
         quantised = quantize_for_xnnpack(pair, four_bits={f"0.{name}" for name in names})
         return sqnr_db(expected, quantised[0](*inputs)[0].numpy())
 
-    assert quality_db(()) > quality_db(chosen) > quality_db(others)
+    assert quality_db(chosen) > quality_db(others)
 
 
 @torch.no_grad()
