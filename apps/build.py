@@ -240,6 +240,7 @@ def _specs(optimized: "Optimized", pipeline: "StableDiffusionPipeline") -> "dict
         (image.height, image.width),
         embedding_width=pipeline.unet.config.cross_attention_dim,
         feature_channels=optimized.feature_channels,
+        consumed_channels=optimized.consumed_channels,
         token_count=pipeline.tokenizer.model_max_length,
     )
 
@@ -281,8 +282,7 @@ def _calibrate(
         tensor_function(load_graph(folder / GRAPHS_FILE, specs[name]), specs[name])
         for name in _UNET_GRAPHS
     )
-    reference = optimized.reference["denoise"]
-    return calibrate(pipeline, config, reference, full, shallow, on_step)
+    return calibrate(pipeline, config, optimized, full, shallow, on_step)
 
 
 def _check(

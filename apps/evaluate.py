@@ -77,9 +77,9 @@ class Side:
         """Of the bundle's own noise scheduler and steps."""
         return self.tables[0]
 
-    def plan(self, plan: Plan, *, corrected: bool = True) -> Method:
-        """Returns how a plan is run."""
-        table = plan.table if corrected else plan.table.without_corrections()
+    def plan(self, plan: Plan, *, cache: bool = True, quantisation: bool = True) -> Method:
+        """Returns how a plan is run, with the halves of the correction that it is to have."""
+        table = plan.table.without_corrections(cache=not cache, quantisation=not quantisation)
         method = self.make(table.steps, plan.schedule, table)
         return replace(method, noise_scheduler=table.noise_scheduler)
 
@@ -198,7 +198,9 @@ def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
         Variant("cached only", reference.plan(_same(plan, reference))),
         Variant("naive", ours.make(steps, paper, bare)),
         Variant("naive, corrected", ours.make(steps, paper, table)),
-        Variant("ours without correction", ours.plan(plan, corrected=False)),
+        Variant("ours, no correction", ours.plan(plan, cache=False, quantisation=False)),
+        Variant("ours, cache half alone", ours.plan(plan, quantisation=False)),
+        Variant("ours, quantisation alone", ours.plan(plan, cache=False)),
         Variant("ours", ours.plan(plan)),
         Variant("uniform cache", _uniform(ours, budget_ms)),
         *(

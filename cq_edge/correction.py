@@ -65,6 +65,29 @@ class ChannelCorrection:
         return self.gain[:, None, None] * x + self.bias[:, None, None]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ShallowCorrection:
+    """Both halves of the correction of one shallow step.
+
+    Attributes:
+        cache: Of the cached feature, C channels.
+        quantisation: Of the outputs of the layers that consume it, 2·C' channels: the first
+            convolution's, then the shortcut's.
+    """
+
+    cache: ChannelCorrection
+    quantisation: ChannelCorrection
+
+    def inputs(self) -> dict[str, NDArray[np.float32]]:
+        """Returns the inputs of the shallow graph that carry it, by name."""
+        return {
+            "gain": self.cache.gain,
+            "bias": self.cache.bias,
+            "output_gain": self.quantisation.gain,
+            "output_bias": self.quantisation.bias,
+        }
+
+
 def fit_correction(x: NDArray[np.floating], y: NDArray[np.floating]) -> ChannelCorrection:
     """Returns the correction of least squared error from x to y, worked out in float64.
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cq_edge.correction import ChannelCorrection
+from cq_edge.correction import ChannelCorrection, ShallowCorrection
 from cq_edge.errors import BundleError, CalibrationError, OutputExistsError, UsageError
 from cq_edge.frontier import ReuseErrors
 
@@ -21,6 +21,7 @@ OBJECTIVES = ("noise_pred", "feature_l1")
 """What a plan may minimise the sum of; the first is the default."""
 
 _ERRORS = (*OBJECTIVES, "skip", "unguided")
+_CORRECTIONS = ("gain", "bias", "output_gain", "output_bias")
 _SLOPES = ("skip_slope", "unguided_slope")
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
@@ -55,6 +56,8 @@ class ReuseTable:
         unguided_slope: (T, U+1) float32 likewise.
         gain: (T, G+1, C) float32 over the C channels of the cached feature.
         bias: (T, G+1, C) float32.
+        output_gain: (T, G+1, 2·C') float32 over the channels of the layers that consume it.
+        output_bias: (T, G+1, 2·C') float32.
     """
 
     noise_scheduler: str
@@ -71,6 +74,8 @@ class ReuseTable:
     unguided_slope: NDArray[np.float32]
     gain: NDArray[np.float32]
     bias: NDArray[np.float32]
+    output_gain: NDArray[np.float32]
+    output_bias: NDArray[np.float32]
 
     def __post_init__(self) -> None:
         """Refuses arrays that do not belong together and entries that nothing can use."""
@@ -99,6 +104,11 @@ class ReuseTable:
         """Channels of the cached feature."""
         return int(self.gain.shape[2])
 
+    @property
+    def consumed_channels(self) -> int:
+        """Channels of the layers that consume the cached feature."""
+        return int(self.output_gain.shape[2])
+
     def errors(self, objective: str = OBJECTIVES[0]) -> NDArray[np.float64]:
         """Returns the (T, G+1) reuse errors that a plan is to minimise the sum of.
 
@@ -126,7 +136,7 @@ class ReuseTable:
         never = np.zeros((len(shallow), 1))
         return ReuseErrors(shallow, never, never)
 
-    def correction(self, anchor: int, step: int) -> ChannelCorrection:
+    def correction(self, anchor: int, step: int) -> ShallowCorrection:
         """Returns the correction of a step that reuses an anchor; the identity for its own.
 
         Raises:
@@ -139,12 +149,29 @@ class ReuseTable:
                 f"steps 0 to {step_count - 1} with gaps 0 to {self.max_gap}"
             )
         if gap == 0:
-            return ChannelCorrection.identity(self.channels)
-        return ChannelCorrection(self.gain[anchor, gap], self.bias[anchor, gap])
+            return ShallowCorrection(
+                ChannelCorrection.identity(self.channels),
+                ChannelCorrection.identity(self.consumed_channels),
+            )
+        return ShallowCorrection(
+            ChannelCorrection(self.gain[anchor, gap], self.bias[anchor, gap]),
+            ChannelCorrection(self.output_gain[anchor, gap], self.output_bias[anchor, gap]),
+        )
 
-    def without_corrections(self) -> Self:
-        """Returns the table whose corrections change nothing: gain 1, bias 0."""
-        return replace(self, gain=np.ones_like(self.gain), bias=np.zeros_like(self.bias))
+    def without_corrections(self, *, cache: bool = True, quantisation: bool = True) -> Self:
+        """Returns the table with corrections that change nothing: gain 1, bias 0.
+
+        Args:
+            cache: Whether it loses the cache corrections.
+            quantisation: Whether it loses the quantisation corrections.
+        """
+        table = self
+        if cache:
+            table = replace(table, gain=np.ones_like(self.gain), bias=np.zeros_like(self.bias))
+        if quantisation:
+            gain, bias = np.ones_like(self.output_gain), np.zeros_like(self.output_bias)
+            table = replace(table, output_gain=gain, output_bias=bias)
+        return table
 
     def save(self, path: Path) -> None:
         """Writes the table as a NumPy archive (.npz) without pickle; equal tables, equal bytes.
@@ -192,6 +219,8 @@ class ReuseTable:
                 unguided_slope=content["unguided_slope"],
                 gain=content["gain"],
                 bias=content["bias"],
+                output_gain=content["output_gain"],
+                output_bias=content["output_bias"],
             )
         except CalibrationError as error:
             raise BundleError(f"{path} is not a reuse table: {error}") from None
@@ -203,7 +232,7 @@ class ReuseTable:
 
     def _check_shapes(self) -> None:
         two = dict.fromkeys((*_ERRORS, *_SLOPES), 2)
-        dims = {"timesteps": 1, "influence": 1, **two, "gain": 3, "bias": 3}
+        dims = {"timesteps": 1, "influence": 1, **two, **dict.fromkeys(_CORRECTIONS, 3)}
         for name, ndim in dims.items():
             array = getattr(self, name)
             dtype = "float64" if name in ("influence", *_ERRORS) else "float32"
@@ -215,14 +244,15 @@ class ReuseTable:
         shapes = {name: getattr(self, name).shape for name in dims}
         step_count, columns = self.noise_pred.shape
         pairs = (step_count, columns)
-        whole = (*pairs, self.channels)
+        whole = 2 * [(*pairs, self.channels)] + 2 * [(*pairs, self.consumed_channels)]
         forecasts = 2 * [(step_count, shapes[name][1]) for name in ("skip", "unguided")]
         row = (step_count,)
-        if list(shapes.values()) != [row, row, pairs, pairs, *forecasts, whole, whole]:
+        if list(shapes.values()) != [row, row, pairs, pairs, *forecasts, *whole]:
             found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise CalibrationError(
                 f"{found} of a reuse table do not belong together: they must be (T,) "
-                "twice, (T, G+1) twice, (T, R+1), (T, U+1), both again, and (T, G+1, C) twice"
+                "twice, (T, G+1) twice, (T, R+1), (T, U+1), both again, (T, G+1, C) twice, and "
+                "(T, G+1, 2C') twice"
             )
 
     def _check_entries(self) -> None:
@@ -252,7 +282,7 @@ class ReuseTable:
                 raise CalibrationError(f"{name} of a reuse table must lie between 0 and 1")
         anchor, gap = np.indices(self.noise_pred.shape)
         used = anchor + gap < len(self.timesteps)
-        for name in ("gain", "bias"):
+        for name in _CORRECTIONS:
             finite = np.isfinite(getattr(self, name)).all(axis=2)
             _require(finite | ~used, f"the {name}", "every channel must be finite")
 

@@ -19,6 +19,7 @@ def graph_specs(
     image_px: tuple[int, int],
     embedding_width: int,
     feature_channels: int,
+    consumed_channels: int,
     token_count: int = 77,
 ) -> dict[str, GraphSpec]:
     """Returns the contracts of the four graphs, by name, for batch 1.
@@ -28,6 +29,7 @@ def graph_specs(
         image_px: Height and width of the picture.
         embedding_width: D of the prompt's embeddings.
         feature_channels: C of the cached feature, which has the latents' height and width.
+        consumed_channels: Of the layers that consume the cached feature, all together.
         token_count: L of the prompt.
     """
     channels, height, width = latents
@@ -37,6 +39,9 @@ def graph_specs(
     feature = TensorSpec("cached_feature", (1, feature_channels, height, width), "float32")
     gain = TensorSpec("gain", (feature_channels,), "float32")
     bias = TensorSpec("bias", (feature_channels,), "float32")
+    output_gain = TensorSpec("output_gain", (consumed_channels,), "float32")
+    output_bias = TensorSpec("output_bias", (consumed_channels,), "float32")
+    reused = (feature, gain, bias, output_gain, output_bias)
     predicted = TensorSpec("noise_pred", noisy.shape, "float32")
     ids = TensorSpec("input_ids", (1, token_count), "int64")
     image = TensorSpec("image", (1, 3, *image_px), "float32")
@@ -44,7 +49,7 @@ def graph_specs(
     specs = (
         GraphSpec("encode", (ids,), (embeddings,)),
         GraphSpec("denoise", conditioned, (predicted, feature)),
-        GraphSpec("denoise_shallow", (*conditioned, feature, gain, bias), (predicted,)),
+        GraphSpec("denoise_shallow", (*conditioned, *reused), (predicted,)),
         GraphSpec("decode", (noisy,), (image,)),
     )
     return {spec.name: spec for spec in specs}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
-from cq_edge.correction import ChannelCorrection
+from cq_edge.correction import ShallowCorrection
 from cq_edge.errors import ScheduleError
 from cq_edge.forecast import Forecast
 from cq_edge.noise_scheduler import NoiseScheduler
@@ -113,7 +113,7 @@ def _steps(
     noise_scheduler: NoiseScheduler,
     cache_schedule: CacheSchedule,
     latents: FloatArray,
-    corrections: dict[int, ChannelCorrection],
+    corrections: dict[int, ShallowCorrection],
 ) -> Iterator[StepRecord]:
     history: tuple[Any, ...] = ()
     for step, mode in enumerate(cache_schedule.modes):
@@ -159,7 +159,7 @@ class _Denoiser:
         mode: Mode,
         step: int,
         inputs: dict[str, FloatArray],
-        correction: ChannelCorrection | None,
+        correction: ShallowCorrection | None,
     ) -> FloatArray:
         """Returns the guided noise prediction of a step that runs a graph.
 
@@ -192,10 +192,10 @@ class _Denoiser:
         self,
         inputs: dict[str, FloatArray],
         branches: tuple[FloatArray, ...],
-        correction: ChannelCorrection,
+        correction: ShallowCorrection,
     ) -> list[FloatArray]:
         predictions = []
-        shared = {**inputs, "gain": correction.gain, "bias": correction.bias}
+        shared = {**inputs, **correction.inputs()}
         features = self._features[-len(branches) :]
         for embeddings, feature in zip(branches, features, strict=True):
             given = {**shared, "embeddings": embeddings, "cached_feature": feature}
@@ -263,7 +263,7 @@ def _check_fit(
 
 def _corrections(
     cache_schedule: CacheSchedule, reuse_table: ReuseTable | None
-) -> dict[int, ChannelCorrection]:
+) -> dict[int, ShallowCorrection]:
     """Returns the correction of each shallow step."""
     corrections = {}
     for step, (anchor, mode) in enumerate(

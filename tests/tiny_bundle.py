@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cq_edge.correction import ChannelCorrection, ShallowCorrection
 from cq_edge.manifest import (
     Defaults,
     GraphEntry,
@@ -63,8 +64,8 @@ class FakeEngine:
     ) -> dict[str, NDArray[Any]]:
         assert timestep.shape == (1,)
         feature = np.tanh(latents * 0.5 + embeddings.mean() + timestep[0] / 1000)
-        one, zero = np.ones(CHANNELS, np.float32), np.zeros(CHANNELS, np.float32)
-        outputs = self._denoise_shallow(latents, timestep, embeddings, feature, one, zero)
+        none = ShallowCorrection(*map(ChannelCorrection.identity, (CHANNELS, 2 * CHANNELS)))
+        outputs = self._denoise_shallow(latents, timestep, embeddings, feature, **none.inputs())
         return {**outputs, "cached_feature": feature}
 
     def _denoise_shallow(
@@ -75,9 +76,13 @@ class FakeEngine:
         cached_feature: NDArray[Any],
         gain: NDArray[Any],
         bias: NDArray[Any],
+        output_gain: NDArray[Any],
+        output_bias: NDArray[Any],
     ) -> dict[str, NDArray[Any]]:
         del timestep
         corrected = gain[:, None, None] * cached_feature + bias[:, None, None]
+        for half in (slice(0, CHANNELS), slice(CHANNELS, None)):
+            corrected = corrected * output_gain[half, None, None] + output_bias[half, None, None]
         return {"noise_pred": 0.3 * latents + corrected + embeddings[:, :1, :1, None]}
 
     def _decode(self, latents: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -93,10 +98,13 @@ def reuse_table(noise_scheduler: str = "ddim", steps: int = STEPS) -> ReuseTable
     noise_pred, feature_l1 = rng.uniform(0.1, 1.0, (2, *shape))
     gain = rng.uniform(0.9, 1.1, (*shape, CHANNELS)).astype(np.float32)
     bias = rng.uniform(-0.1, 0.1, (*shape, CHANNELS)).astype(np.float32)
+    output_gain = rng.uniform(0.9, 1.1, (*shape, 2 * CHANNELS)).astype(np.float32)
+    output_bias = rng.uniform(-0.1, 0.1, (*shape, 2 * CHANNELS)).astype(np.float32)
     beyond = np.arange(shape[0])[:, None] + np.arange(shape[1]) >= shape[0]
     noise_pred[:, 0] = feature_l1[:, 0] = 0
     gain[:, 0], bias[:, 0] = 1, 0
-    for array in (noise_pred, feature_l1, gain, bias):
+    output_gain[:, 0], output_bias[:, 0] = 1, 0
+    for array in (noise_pred, feature_l1, gain, bias, output_gain, output_bias):
         array[beyond] = np.nan
     # forecasts reach two steps; both are worse than reusing
     skip, unguided = 2 * noise_pred[:, :3], 3 * noise_pred[:, :3]
@@ -115,6 +123,8 @@ def reuse_table(noise_scheduler: str = "ddim", steps: int = STEPS) -> ReuseTable
         unguided_slope=np.full(unguided.shape, 0.5, np.float32),
         gain=gain,
         bias=bias,
+        output_gain=output_gain,
+        output_bias=output_bias,
     )
 
 
@@ -127,13 +137,16 @@ def graph_entries() -> dict[str, GraphEntry]:
     feature = TensorSpec("cached_feature", (1, CHANNELS, SIDE, SIDE), "float32")
     gain = TensorSpec("gain", (CHANNELS,), "float32")
     bias = TensorSpec("bias", (CHANNELS,), "float32")
+    output_gain = TensorSpec("output_gain", (2 * CHANNELS,), "float32")
+    output_bias = TensorSpec("output_bias", (2 * CHANNELS,), "float32")
     noise_pred = TensorSpec("noise_pred", (1, 4, SIDE, SIDE), "float32")
     image = TensorSpec("image", (1, 3, 8 * SIDE, 8 * SIDE), "float32")
     seen = (latents, timestep, embeddings)
+    reused = (feature, gain, bias, output_gain, output_bias)
     return {
         "encode": _entry("encode", (ids,), (embeddings,)),
         "denoise": _entry("denoise", seen, (noise_pred, feature)),
-        "denoise_shallow": _entry("denoise_shallow", (*seen, feature, gain, bias), (noise_pred,)),
+        "denoise_shallow": _entry("denoise_shallow", (*seen, *reused), (noise_pred,)),
         "decode": _entry("decode", (latents,), (image,)),
     }
 

@@ -36,8 +36,13 @@ class ShallowUNet(nn.Module):
         cached_feature: Tensor,
         gain: Tensor,
         bias: Tensor,
+        output_gain: Tensor,
+        output_bias: Tensor,
     ) -> Tensor:
         corrected = cached_feature * gain[None, :, None, None] + bias[None, :, None, None]
+        for half in (slice(0, CHANNELS), slice(CHANNELS, 2 * CHANNELS)):
+            factor, offset = output_gain[half], output_bias[half]
+            corrected = corrected * factor[None, :, None, None] + offset[None, :, None, None]
         # the real one reads them too; an input that nothing reads is dropped by the exporter
         unread = (timestep.sum() + embeddings.mean()) * 0
         return corrected * 0.7 + latents * 0.3 + unread
@@ -76,10 +81,11 @@ def tiny_program(modules: dict[str, nn.Module]) -> bytes:
     latents, timestep = torch.randn(1, 4, SIDE, SIDE), torch.tensor([981.0])
     embeddings, feature = torch.randn(1, 77, WIDTH), torch.randn(1, CHANNELS, SIDE, SIDE)
     seen = (latents, timestep, embeddings)
+    none = [x for n in (CHANNELS, 2 * CHANNELS) for x in (torch.ones(n), torch.zeros(n))]
     inputs = {
         "encode": (torch.zeros(1, 77, dtype=torch.int64),),
         "denoise": seen,
-        "denoise_shallow": (*seen, feature, torch.ones(CHANNELS), torch.zeros(CHANNELS)),
+        "denoise_shallow": (*seen, feature, *none),
         "decode": (latents,),
     }
     programs = {name: torch.export.export(module, inputs[name]) for name, module in modules.items()}

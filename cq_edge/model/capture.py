@@ -1,10 +1,11 @@
 """Calibration: runs the graphs over prompts and measures what reuse costs.
 
-Every prompt is run twice, with the full graph at every step. The first run compares the cached
-features of every anchor step i and later step k = i + gap: their L1 distance (the paper's
-objective) and the per-channel correction that maps one onto the other best. The second run also
-predicts each step k with the shallow graph from every corrected feature i, and measures by how
-much the guided noise prediction is wrong; a correction that hardly helps is dropped.
+Every prompt is run three times, with the full graph at every step. The first run compares the
+cached features of every anchor step i and later step k = i + gap: their L1 distance (the paper's
+objective) and the cache correction, which maps one onto the other best. The second run fits the
+quantisation correction of the layers that consume the corrected feature. The third predicts
+each step k with the shallow graph from every feature i, and measures by how much the guided
+noise prediction is wrong; a half of the correction that hardly helps is dropped.
 What forecasts would miss is measured on the first run.
 """
 
@@ -19,11 +20,20 @@ from torch import Tensor
 from cq_edge.correction import MomentAccumulator
 from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Forecast
+from cq_edge.model.reuse_trial import (
+    Consumers,
+    Corrections,
+    ShallowGraph,
+    fit_pairs,
+    fit_quantisation,
+    reuse_squares,
+)
 from cq_edge.model.trajectory import FullGraph, Loop, Prompt, Visit, mean_square
 from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.reuse_table import ReuseTable
 
-ShallowGraph = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+RUNS = 3
+"""How often each prompt is run."""
 _WORTH_CORRECTING = 0.95
 """A correction that leaves more than this share of the error is dropped: it was fitted to the very
 prompts that it is tried on, and does a little worse on others."""
@@ -62,6 +72,7 @@ class Calibration:
 def capture(
     full: FullGraph,
     shallow: ShallowGraph,
+    consumers: Consumers,
     prompts: Sequence[Prompt],
     noise_scheduler: NoiseScheduler,
     latents_shape: tuple[int, int, int],
@@ -80,6 +91,7 @@ def capture(
         full: `FullUNet`, or anything that is called as it is; what will be exported, so that
             its quantisation is part of what is measured.
         shallow: Its `ShallowUNet`.
+        consumers: Of that one, the layers that the cached feature goes into.
         prompts: The embeddings to calibrate with.
         noise_scheduler: Of T steps.
         latents_shape: (4, h, w).
@@ -89,7 +101,7 @@ def capture(
         max_gap: The largest gap measured; cut to T - 1.
         seed: Of the initial noise; prompt n takes seed + n.
         sampled_steps: How many steps of each prompt go into `samples`, spread evenly.
-        on_step: Called after each step of each prompt's two runs, for progress bars.
+        on_step: Called after each step of each prompt's runs, for progress bars.
 
     Raises:
         CalibrationError: If there is no prompt, or a step gives something non-finite.
@@ -109,10 +121,9 @@ def capture(
             predictions.take(visit.step, visit.noise_pred)
             differences.take(visit.step, (guidance_scale - 1) * visit.difference)
             on_step()
-    gain, bias = features.corrections()
-    plain, repaired = _reuse_squares(loop, shallow, prompts, gain, bias, on_step)
-    dropped = repaired > _WORTH_CORRECTING * plain
-    gain[dropped], bias[dropped] = 1, 0
+    cache = features.corrections()
+    quantisation = fit_quantisation(loop, consumers, prompts, cache, on_step)
+    error, cache, quantisation = _worth_having(loop, shallow, prompts, cache, quantisation, on_step)
     table = ReuseTable(
         noise_scheduler=noise_scheduler.name,
         steps=noise_scheduler.steps,
@@ -120,61 +131,39 @@ def capture(
         base_error=base_error,
         timesteps=np.asarray(noise_scheduler.timesteps, np.float32),
         influence=influence,
-        noise_pred=_means(np.where(dropped, plain, repaired), len(prompts)),
+        noise_pred=_means(error, len(prompts)),
         feature_l1=features.l1(),
         skip=_means(predictions.squares(), len(prompts)),
         unguided=_means(differences.squares(), len(prompts)),
         skip_slope=predictions.slopes().astype(np.float32),
         unguided_slope=differences.slopes().astype(np.float32),
-        gain=gain,
-        bias=bias,
+        gain=cache.gain,
+        bias=cache.bias,
+        output_gain=quantisation.gain,
+        output_bias=quantisation.bias,
     )
     return Calibration(table, tuple(features.samples), tuple(features.finals))
 
 
-def _reuse_squares(
+def _worth_having(
     loop: Loop,
     shallow: ShallowGraph,
     prompts: Sequence[Prompt],
-    gain: NDArray[np.float32],
-    bias: NDArray[np.float32],
+    cache: Corrections,
+    quantisation: Corrections,
     on_step: Callable[[], object],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns (T, G+1) mean squared errors of the guided noise prediction of every step i + g
-    with the features of step i as they are, and with them corrected, summed over the prompts."""
-    plain, repaired = np.zeros((2, *gain.shape[:2]))
-    max_gap = gain.shape[1] - 1
-    nothing = (torch.ones(gain.shape[2]), torch.zeros(gain.shape[2]))
-    for number, prompt in enumerate(prompts):
-        anchors: list[Visit] = []
-        for visit in loop.run(number, prompt):
-            anchors = [*anchors, visit][-1 - max_gap :]
-            for gap, anchor in enumerate(reversed(anchors[:-1]), start=1):
-                pair = (anchor.step, gap)
-                fitted = (torch.from_numpy(gain[pair]), torch.from_numpy(bias[pair]))
-                for squares, correction in ((plain, nothing), (repaired, fitted)):
-                    reused = _shallow_prediction(loop, shallow, visit, prompt, anchor, correction)
-                    squares[pair] += mean_square(reused - visit.noise_pred)
-            on_step()
-    return plain, repaired
-
-
-def _shallow_prediction(
-    loop: Loop,
-    shallow: ShallowGraph,
-    visit: Visit,
-    prompt: Prompt,
-    anchor: Visit,
-    correction: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Returns the guided noise prediction at a visit that reuses an anchor's features."""
-    branches = zip(loop.branches(prompt), anchor.features, strict=True)
-    return loop.guided(
-        [
-            shallow(visit.seen, visit.timestep, context, feature, *correction)
-            for context, feature in branches
-        ]
-    )
+) -> tuple[NDArray[np.float64], Corrections, Corrections]:
+    """Returns the (T, G+1) errors that reuse leaves, summed over the prompts, and the halves of
+    the correction without those that hardly help."""
+    everywhere = np.ones(cache.gain.shape[:2], bool)
+    no_cache, nothing = (half.identity_where(everywhere) for half in (cache, quantisation))
+    tried = ((no_cache, nothing), (cache, nothing), (cache, quantisation))
+    plain, repaired, both = reuse_squares(loop, shallow, prompts, tried, on_step)
+    bare = repaired > _WORTH_CORRECTING * plain
+    error = np.where(bare, plain, repaired)
+    halfway = both > _WORTH_CORRECTING * error
+    left = np.where(halfway, error, both)
+    return left, cache.identity_where(bare & halfway), quantisation.identity_where(halfway)
 
 
 def _means(squares: NDArray[np.float64], count: int) -> NDArray[np.float64]:
@@ -225,16 +214,10 @@ class _FeatureRun:
         if visit.step == self._total - 1:
             self.finals.append(visit.after.numpy())
 
-    def corrections(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Returns gain and bias, each (T, G+1, C); NaN beyond the last step."""
-        channels = self._recent[0].shape[1]
-        gain, bias = np.full((2, self._total, self.max_gap + 1, channels), np.nan, np.float32)
-        gain[:, 0], bias[:, 0] = 1, 0
-        for anchor, row in enumerate(self._pairs):
-            for gap, pair in enumerate(row, start=1):
-                fitted = pair.moments.fit()
-                gain[anchor, gap], bias[anchor, gap] = fitted.gain, fitted.bias
-        return gain, bias
+    def corrections(self) -> Corrections:
+        """Returns the cache corrections of C channels."""
+        moments = [[pair.moments for pair in row] for row in self._pairs]
+        return fit_pairs(moments, self.max_gap, self._recent[0].shape[1])
 
     def l1(self) -> NDArray[np.float64]:
         """Returns (T, G+1) mean absolute differences; NaN beyond the last step."""

@@ -19,6 +19,7 @@ class LeanResnet(nn.Module):
     def __init__(self, resnet: ResnetBlock2D) -> None:
         super().__init__()
         self.in_channels = resnet.in_channels
+        self.out_channels = resnet.out_channels
         self.norm1 = resnet.norm1
         self.conv1 = resnet.conv1
         self.time_emb_proj = resnet.time_emb_proj

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from diffusers import StableDiffusionPipeline
@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cq_edge.errors import UsageError
-from cq_edge.model.capture import Calibration, ShallowGraph, capture
+from cq_edge.model.capture import RUNS, Calibration, capture
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
 from cq_edge.model.mixed_precision import choose_four_bits
 from cq_edge.model.prompts import embed_prompts, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.response import Response, measure_response, tried_steps
+from cq_edge.model.reuse_trial import Consumers, ShallowGraph
 from cq_edge.model.rewrite import rewrite_for_xnnpack
-from cq_edge.model.split import split_unet
+from cq_edge.model.split import ShallowUNet, split_unet
 from cq_edge.model.trajectory import FullGraph, Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
@@ -63,13 +64,14 @@ class Optimized:
 
     `reference` and `edge` hold the same four graphs by name: the pipeline's own float
     modules, and the rewritten, quantised ones that are exported. `feature_channels` is the C of
-    the cached feature.
+    the cached feature, `consumed_channels` those of the layers that consume it.
     """
 
     reference: dict[str, nn.Module]
     edge: dict[str, nn.Module]
     noise_schedule: NoiseScheduleConfig
     feature_channels: int
+    consumed_channels: int
 
 
 def optimize(
@@ -108,13 +110,14 @@ def optimize(
         "decode": rewrite_for_xnnpack(decode),
     }
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
-    return Optimized(reference, edge, noise_schedule, shallow.feature_channels)
+    channels = (shallow.feature_channels, shallow.consumed_channels)
+    return Optimized(reference, edge, noise_schedule, *channels)
 
 
 def calibrate(
     pipeline: StableDiffusionPipeline,
     config: OptimizeConfig,
-    reference: FullGraph,
+    optimized: Optimized,
     full: FullGraph,
     shallow: ShallowGraph,
     on_step: Callable[[], object] = lambda: None,
@@ -125,7 +128,8 @@ def calibrate(
     Args:
         pipeline: Gives the prompts' embeddings and the noise schedule.
         config: What to calibrate for.
-        reference: The float full graph, for the influence of each step.
+        optimized: The modules: the float full one for the influence of each step, and both
+            shallow ones for the quantisation correction.
         full: The full graph; exported ones are faster than eager modules, and the real thing.
         shallow: The shallow graph.
         on_step: Called after every step that is run (`calibration_steps`), for progress bars.
@@ -136,17 +140,20 @@ def calibrate(
     """
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
     prompts, shape = embed_prompts(pipeline, config.prompts), _latents_shape(pipeline)
+    shipped, exact = (half["denoise_shallow"] for half in (optimized.edge, optimized.reference))
+    consumers = Consumers(cast(ShallowUNet, shipped).consumed, cast(ShallowUNet, exact).consumed)
     calibrations: list[Calibration] = []
     own: Response | None = None
     for name, steps in ((config.noise_scheduler, config.steps), *config.also):
         noise_scheduler = make_noise_scheduler(name, steps, noise_schedule)
-        loop = Loop(reference, noise_scheduler, shape, config.guidance_scale)
+        loop = Loop(optimized.reference["denoise"], noise_scheduler, shape, config.guidance_scale)
         response = measure_response(loop, prompts[:_INFLUENCE_PROMPTS], on_step)
         own = own or response
         calibrations.append(
             capture(
                 full,
                 shallow,
+                consumers,
                 prompts,
                 noise_scheduler,
                 shape,
@@ -164,7 +171,7 @@ def calibration_steps(prompts: int, totals: Sequence[int]) -> int:
     """Returns how many steps `calibrate` runs for so many prompts and each T."""
     watched = min(prompts, _INFLUENCE_PROMPTS)
     resumed = [sum(total - 1 - step for step in tried_steps(total)) for total in totals]
-    return (2 * prompts + watched) * sum(totals) + watched * sum(resumed)
+    return (RUNS * prompts + watched) * sum(totals) + watched * sum(resumed)
 
 
 def parity_inputs(
@@ -181,7 +188,7 @@ def parity_inputs(
         correction = calibration.table.correction(sample.step - sample.gap, sample.step)
         reused = {"cached_feature": sample.anchor_feature}
         full.append(inputs)
-        shallow.append({**inputs, **reused, "gain": correction.gain, "bias": correction.bias})
+        shallow.append({**inputs, **reused, **correction.inputs()})
     return {
         "encode": [{"input_ids": token_ids(pipeline, text).numpy()} for text in config.prompts],
         "denoise": full,

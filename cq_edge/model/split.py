@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from cq_edge.errors import ModelError
+from cq_edge.model.corrected_resnet import consumed, consumed_channels, corrected, side_by_side
 
 _DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -58,7 +59,23 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, time: Tensor, embeddings: Tensor) -> Tensor:
         """Returns (B, C2, H, W) for `hidden` (B, C, H, W), the time and prompt embeddings."""
-        hidden = self.resnet(hidden, time)
+        return self._attend(self.resnet(hidden, time), embeddings)
+
+    def corrected(
+        self, hidden: Tensor, time: Tensor, embeddings: Tensor, gain: Tensor, bias: Tensor
+    ) -> Tensor:
+        """Returns the same with the outputs of the layers that consume `hidden` corrected.
+
+        Args:
+            hidden: (B, C, H, W).
+            time: (1, E).
+            embeddings: (B, L, D).
+            gain: (2·C2,) as `corrected_resnet.corrected` takes it.
+            bias: (2·C2,).
+        """
+        return self._attend(corrected(self.resnet, hidden, time, gain, bias), embeddings)
+
+    def _attend(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
         if self.attention is None:
             return hidden
         attended: Tensor = self.attention(
@@ -150,9 +167,10 @@ class FullUNet(nn.Module):
 
 
 class ShallowUNet(nn.Module):
-    """The UNet's outermost layers, fed a cached feature and its correction.
+    """The UNet's outermost layers, fed a cached feature and both halves of its correction.
 
-    `feature_channels` is the C of that feature.
+    `feature_channels` is the C of that feature, `consumed_channels` the number of channels of
+    the layers that consume it.
     """
 
     def __init__(
@@ -171,6 +189,7 @@ class ShallowUNet(nn.Module):
         self.outer = nn.ModuleList(outer)
         self.head = head
         self.feature_channels = feature_channels
+        self.consumed_channels = consumed_channels(outer[0].resnet)
 
     def forward(
         self,
@@ -180,6 +199,8 @@ class ShallowUNet(nn.Module):
         cached_feature: Tensor,
         gain: Tensor,
         bias: Tensor,
+        output_gain: Tensor,
+        output_bias: Tensor,
     ) -> Tensor:
         """Returns the (B, 4, h, w) noise prediction.
 
@@ -188,20 +209,45 @@ class ShallowUNet(nn.Module):
             timestep: (1,), 0…999.
             embeddings: (B, L, D) of the prompt.
             cached_feature: (B, C, h, w) that a full step handed out.
-            gain: (C,) factor of the correction, 1 for none.
-            bias: (C,) offset of the correction, 0 for none.
+            gain: (C,) factor of the cache correction, 1 for none.
+            bias: (C,) offset of the cache correction, 0 for none.
+            output_gain: (2·C',) factor of the quantisation correction, on the outputs of the
+                convolution and of the shortcut that consume the feature; 1 for none.
+            output_bias: (2·C',) its offset, 0 for none.
         """
         time = self.time(timestep)
+        skips = self._skips(latents, time, embeddings)
+        feature = cached_feature * gain.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
+        first, *others = cast("Iterable[Layer]", self.outer)
+        joined = torch.cat([feature, skips.pop()], dim=1)
+        hidden = first.corrected(joined, time, embeddings, output_gain, output_bias)
+        for layer in others:
+            hidden = layer(torch.cat([hidden, skips.pop()], dim=1), time, embeddings)
+        predicted: Tensor = self.head(hidden)
+        return predicted
+
+    def consumed(
+        self, latents: Tensor, timestep: Tensor, embeddings: Tensor, feature: Tensor
+    ) -> Tensor:
+        """Returns (B, 2·C', h, w): what the layers that consume a feature make of it.
+
+        Args:
+            latents: (B, 4, h, w).
+            timestep: (1,), 0…999.
+            embeddings: (B, L, D) of the prompt.
+            feature: (B, C, h, w), corrected if it is to be.
+        """
+        skip = self._skips(latents, self.time(timestep), embeddings)[-1]
+        resnet = cast("Layer", self.outer[0]).resnet
+        return side_by_side(consumed(resnet, torch.cat([feature, skip], dim=1)))
+
+    def _skips(self, latents: Tensor, time: Tensor, embeddings: Tensor) -> list[Tensor]:
         hidden = self.conv_in(latents)
         skips = [hidden]
         for layer in self.down:
             hidden = layer(hidden, time, embeddings)
             skips.append(hidden)
-        hidden = cached_feature * gain.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
-        for layer in self.outer:
-            hidden = layer(torch.cat([hidden, skips.pop()], dim=1), time, embeddings)
-        predicted: Tensor = self.head(hidden)
-        return predicted
+        return skips
 
 
 def split_unet(unet: UNet2DConditionModel, shallow_layers: int = 1) -> tuple[FullUNet, ShallowUNet]:

@@ -29,7 +29,7 @@ def random_table(seed, steps=8, max_gap=3, base_error=0.0, name="pndm"):
     timesteps = np.linspace(900, 1, steps, dtype=np.float32)
     return ReuseTable(
         name, steps, 5.0, base_error, timesteps, np.ones(steps), errors, 3 * errors,
-        2 * errors[:, :3], 0.7 * errors[:, :2], ones[:, :3, 0], ones[:, :2, 0], ones, ones,
+        2 * errors[:, :3], 0.7 * errors[:, :2], ones[:, :3, 0], ones[:, :2, 0], *4 * [ones],
     )  # fmt: skip
 
 

@@ -15,18 +15,21 @@ def table():
     noise_pred, feature_l1 = rng.random((2, T, G + 1))
     gain = rng.random((T, G + 1, C)).astype(np.float32)
     bias = rng.random((T, G + 1, C)).astype(np.float32)
+    output_gain, output_bias = rng.random((2, T, G + 1, 2 * C)).astype(np.float32)
     noise_pred[:, 0] = feature_l1[:, 0] = 0
     for anchor in range(T):
         for gap in range(G + 1):
             if anchor + gap >= T:
                 noise_pred[anchor, gap] = feature_l1[anchor, gap] = np.nan
-                gain[anchor, gap] = bias[anchor, gap] = np.nan
+                for correction in (gain, bias, output_gain, output_bias):
+                    correction[anchor, gap] = np.nan
     timesteps = np.linspace(900, 1, T, dtype=np.float32)
     skip, unguided = 2 * noise_pred[:, :2], 3 * noise_pred
     slopes = (np.full((T, 2), 0.5, np.float32), np.ones((T, G + 1), np.float32))
     errors = (noise_pred, feature_l1, skip, unguided, *slopes)
     influence = np.linspace(1, 2, T)
-    return ReuseTable("pndm", 4, 7.5, 0.25, timesteps, influence, *errors, gain, bias)
+    corrections = (gain, bias, output_gain, output_bias)
+    return ReuseTable("pndm", 4, 7.5, 0.25, timesteps, influence, *errors, *corrections)
 
 
 def changed(name, index, value):
@@ -51,6 +54,8 @@ def test_a_table_survives_its_file_bit_for_bit(tmp_path):
         "unguided",
         "gain",
         "bias",
+        "output_gain",
+        "output_bias",
     ):
         found, expected = getattr(loaded, name), getattr(original, name)
         assert found.dtype == expected.dtype
@@ -70,8 +75,10 @@ def test_the_file_has_the_name_that_was_asked_for(tmp_path):
 
 def test_correction_is_the_entry_of_anchor_and_gap():
     found = table().correction(1, 3)
-    np.testing.assert_array_equal(found.gain, table().gain[1, 2])
-    np.testing.assert_array_equal(found.bias, table().bias[1, 2])
+    np.testing.assert_array_equal(found.cache.gain, table().gain[1, 2])
+    np.testing.assert_array_equal(found.cache.bias, table().bias[1, 2])
+    np.testing.assert_array_equal(found.quantisation.gain, table().output_gain[1, 2])
+    np.testing.assert_array_equal(found.quantisation.bias, table().output_bias[1, 2])
 
 
 def test_errors_are_those_of_the_objective_asked_for():
@@ -86,8 +93,9 @@ def test_errors_are_those_of_the_objective_asked_for():
 
 def test_a_steps_own_correction_is_the_identity():
     found = table().correction(4, 4)
-    np.testing.assert_array_equal(found.gain, np.ones(C))
-    np.testing.assert_array_equal(found.bias, np.zeros(C))
+    for half, channels in ((found.cache, C), (found.quantisation, 2 * C)):
+        np.testing.assert_array_equal(half.gain, np.ones(channels))
+        np.testing.assert_array_equal(half.bias, np.zeros(channels))
 
 
 @pytest.mark.parametrize(("anchor", "step"), [(0, 3), (3, 5), (-1, 0), (2, 1)])
@@ -134,8 +142,9 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
             {"bias": np.ones((T, G + 1, C + 1), np.float32)},
             "timesteps (5,), influence (5,), noise_pred (5, 3), feature_l1 (5, 3), skip (5, 2), "
             "unguided (5, 3), skip_slope (5, 2), unguided_slope (5, 3), gain (5, 3, 3), bias "
-            "(5, 3, 4) of a reuse table do not belong together: they must be (T,) twice, (T, G+1) "
-            "twice, (T, R+1), (T, U+1), both again, and (T, G+1, C) twice",
+            "(5, 3, 4), output_gain (5, 3, 6), output_bias (5, 3, 6) of a reuse table do not "
+            "belong together: they must be (T,) twice, (T, G+1) twice, (T, R+1), (T, U+1), both "
+            "again, (T, G+1, C) twice, and (T, G+1, 2C') twice",
         ),
         (
             changed("skip_slope", (1, 1), 1.5),
@@ -265,10 +274,17 @@ def test_pickle_is_never_run(tmp_path):
         ReuseTable.load(path)
 
 
-def test_without_corrections_nothing_is_changed_but_gain_and_bias():
-    bare = table().without_corrections()
-    assert (bare.gain == 1).all()
-    assert (bare.bias == 0).all()
+@pytest.mark.parametrize(("cache", "quantisation"), [(True, True), (True, False), (False, True)])
+def test_a_half_of_the_corrections_can_be_left_out(cache, quantisation):
+    bare = table().without_corrections(cache=cache, quantisation=quantisation)
+    for gain, bias, is_out in (
+        ("gain", "bias", cache),
+        ("output_gain", "output_bias", quantisation),
+    ):
+        for name, neutral in ((gain, 1), (bias, 0)):
+            expected = np.full(1, neutral) if is_out else getattr(table(), name)
+            found = getattr(bare, name)
+            np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
     np.testing.assert_array_equal(bare.noise_pred, table().noise_pred)
 
 

@@ -16,7 +16,9 @@ from exporters.parity import check_parity
 from exporters.to_executorch import export_executorch, load_graph, module_graph
 from tests.model.tiny_models import step_inputs, tiny_text, tiny_unet, tiny_vae
 
-SPECS = graph_specs((4, 8, 8), (16, 16), embedding_width=24, feature_channels=16)
+SPECS = graph_specs(
+    (4, 8, 8), (16, 16), embedding_width=24, feature_channels=16, consumed_channels=32
+)
 
 
 def test_macs_shares_constants_and_what_stays_outside_are_counted(tmp_path):
@@ -121,11 +123,13 @@ def test_all_four_graphs_export_into_one_file_and_compute_what_their_modules_do(
         "cached_feature": generator.standard_normal((1, 16, 8, 8), dtype=np.float32),
         "gain": generator.uniform(0.5, 1.5, 16).astype(np.float32),
         "bias": generator.standard_normal(16, dtype=np.float32),
+        "output_gain": generator.uniform(0.5, 1.5, 32).astype(np.float32),
+        "output_bias": generator.standard_normal(32, dtype=np.float32),
     }
     arrays |= zip(("latents", "timestep", "embeddings"), map(np.asarray, inputs), strict=True)
-    specs = graph_specs((4, 8, 8), (16, 16), embedding_width=24, feature_channels=16)
+    specs = dict(SPECS)
     # the tiny text tower has another width than the tiny UNet takes: encode is checked by itself
-    specs["encode"] = graph_specs((4, 8, 8), (16, 16), 32, 16)["encode"]
+    specs["encode"] = graph_specs((4, 8, 8), (16, 16), 32, 16, 32)["encode"]
     modules = {
         name: (
             exported[name].eval(),

@@ -5,7 +5,8 @@ import torch
 from cq_edge.correction import fit_correction
 from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Forecast
-from cq_edge.model.capture import MAX_SKIP, MAX_UNGUIDED, capture
+from cq_edge.model.capture import MAX_SKIP, MAX_UNGUIDED, RUNS, capture
+from cq_edge.model.reuse_trial import Consumers
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 _SHAPE = (4, 4, 4)
@@ -27,12 +28,32 @@ class _Recorder:
         if len(self.features) < self.calls:
             self.features.append(feature.numpy())
         one, zero = torch.ones(6), torch.zeros(6)
-        return _shallow(latents, timestep, embeddings, feature, one, zero), feature
+        none = (one, zero, torch.ones(4), torch.zeros(4))
+        return _shallow(latents, timestep, embeddings, feature, *none), feature
 
 
-def _shallow(latents, timestep, embeddings, feature, gain, bias):
+def _consumed(latents, timestep, embeddings, feature):
+    """Consuming layers that are exact: nothing is left to mend once a feature is right."""
+    del latents, timestep, embeddings
+    return feature[:, :4]
+
+
+_EXACT = Consumers(_consumed, _consumed)
+
+
+def _rounded(*inputs):
+    """Consuming layers that went wrong, channel by channel."""
+    return _consumed(*inputs) * _WRONG_GAIN + _WRONG_BIAS
+
+
+_WRONG_GAIN = torch.tensor([0.8, 1.1, 0.9, 1.3]).view(1, 4, 1, 1)
+_WRONG_BIAS = torch.tensor([0.1, -0.2, 0.3, 0.0]).view(1, 4, 1, 1)
+
+
+def _shallow(latents, timestep, embeddings, feature, gain, bias, output_gain, output_bias):
     del timestep
     corrected = gain.view(1, -1, 1, 1) * feature + bias.view(1, -1, 1, 1)
+    del output_gain, output_bias
     return 0.1 * latents + corrected[:, :4] + embeddings.mean((1, 2)).view(-1, 1, 1, 1)
 
 
@@ -61,7 +82,7 @@ def _scheduler():
 def test_errors_and_corrections_are_those_of_the_features_seen():
     recorder = _Recorder(2, 3)
     table = capture(
-        recorder, _shallow, _prompts(3), _scheduler(), _SHAPE, _INFLUENCE, max_gap=3
+        recorder, _shallow, _EXACT, _prompts(3), _scheduler(), _SHAPE, _INFLUENCE, max_gap=3
     ).table
     assert table.feature_l1.shape == (_STEPS, 4)
     by_prompt = [_by_step(recorder, n) for n in range(3)]
@@ -74,7 +95,7 @@ def test_errors_and_corrections_are_those_of_the_features_seen():
             x, y = (np.concatenate([_with_guided(p[i], 7.5) for p in pairs]) for i in (0, 1))
             x, y = (np.moveaxis(a, 1, -1).reshape(-1, 6) for a in (x, y))
             fitted = fit_correction(x, y)
-            measured = table.correction(anchor, anchor + gap)
+            measured = table.correction(anchor, anchor + gap).cache
             if (measured.gain == 1).all():
                 continue  # dropped, which the next test is about
             kept += 1
@@ -88,6 +109,7 @@ def test_noise_prediction_errors_are_what_the_corrected_features_leave():
     calibration = capture(
         recorder,
         _shallow,
+        _EXACT,
         _prompts(3),
         _scheduler(),
         _SHAPE,
@@ -99,7 +121,7 @@ def test_noise_prediction_errors_are_what_the_corrected_features_leave():
     np.testing.assert_array_equal(table.influence, _INFLUENCE)
     for anchor in range(_STEPS):
         for gap in range(1, min(3, _STEPS - 1 - anchor) + 1):
-            correction = table.correction(anchor, anchor + gap)
+            correction = table.correction(anchor, anchor + gap).cache
             squares = []
             for n in range(3):
                 features = _by_step(recorder, n)
@@ -116,16 +138,68 @@ def test_a_correction_that_makes_predictions_worse_is_dropped():
 
     recorder = _Recorder(2, 1)
     table = capture(
-        recorder, picky, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, max_gap=2, guidance_scale=2
+        recorder,
+        picky,
+        _EXACT,
+        _prompts(1),
+        _scheduler(),
+        _SHAPE,
+        _INFLUENCE,
+        max_gap=2,
+        guidance_scale=2,
     ).table
     features = _by_step(recorder, 0)
     for anchor, gap in ((0, 1), (1, 2), (4, 1)):
-        correction = table.correction(anchor, anchor + gap)
+        correction = table.correction(anchor, anchor + gap).cache
         assert (correction.gain == 1).all()
         assert (correction.bias == 0).all()
         left = (features[anchor] - features[anchor + gap])[:, :4]
         expected = np.square(2 * left[1] - left[0]).mean()
         assert table.noise_pred[anchor, gap] == pytest.approx(expected, rel=1e-3)
+
+
+def test_layers_that_went_wrong_are_mended_after_the_feature_is():
+    def consuming(latents, timestep, embeddings, feature, gain, bias, output_gain, output_bias):
+        plain = _shallow(latents, timestep, embeddings, feature, gain, bias, None, None)
+        corrected = gain.view(1, -1, 1, 1) * feature + bias.view(1, -1, 1, 1)
+        wrong = corrected[:, :4] * _WRONG_GAIN + _WRONG_BIAS
+        mended = output_gain.view(1, -1, 1, 1) * wrong + output_bias.view(1, -1, 1, 1)
+        return plain - corrected[:, :4] + mended
+
+    recorder, scale = _Recorder(2, 2), 2.0
+    table = capture(
+        recorder,
+        consuming,
+        Consumers(_rounded, _consumed),
+        _prompts(2),
+        _scheduler(),
+        _SHAPE,
+        _INFLUENCE,
+        max_gap=2,
+        guidance_scale=scale,
+    ).table
+    by_prompt = [_by_step(recorder, n) for n in range(2)]
+    wrong_gain, wrong_bias = (x.numpy().reshape(4) for x in (_WRONG_GAIN, _WRONG_BIAS))
+    for anchor, gap in ((0, 1), (1, 2), (4, 1)):
+        found = table.correction(anchor, anchor + gap)
+        rows = []
+        for features in by_prompt:
+            mended = [found.cache.apply(branch[None])[0] for branch in features[anchor]]
+            outputs = [
+                x[:4] * wrong_gain[:, None, None] + wrong_bias[:, None, None] for x in mended
+            ]
+            exact = [x[:4] for x in features[anchor + gap]]
+            for x, y in ((outputs, exact),):
+                x, y = ([*z, z[0] + scale * (z[1] - z[0])] for z in (x, y))
+                rows += [
+                    (a.reshape(4, -1).T, b.reshape(4, -1).T) for a, b in zip(x, y, strict=True)
+                ]
+        x, y = (np.concatenate(part) for part in zip(*rows, strict=True))
+        for channel in range(4):
+            design = np.stack([x[:, channel], np.ones(len(x))], axis=1).astype(np.float64)
+            gain, bias = np.linalg.lstsq(design, y[:, channel].astype(np.float64))[0]
+            assert found.quantisation.gain[channel] == pytest.approx(gain, rel=1e-3, abs=1e-4)
+            assert found.quantisation.bias[channel] == pytest.approx(bias, rel=1e-3, abs=1e-3)
 
 
 def test_forecasts_follow_the_line_as_far_as_leaves_the_least_error():
@@ -139,7 +213,7 @@ def test_forecasts_follow_the_line_as_far_as_leaves_the_least_error():
         return noise_pred, feature
 
     table = capture(
-        full, _shallow, prompts, _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=scale
+        full, _shallow, _EXACT, prompts, _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=scale
     ).table
     assert table.skip.shape == (_STEPS, MAX_SKIP + 1)
     assert table.unguided.shape == (_STEPS, MAX_UNGUIDED + 1)
@@ -173,7 +247,14 @@ def test_forecasts_follow_the_line_as_far_as_leaves_the_least_error():
 
 def test_without_guidance_there_is_no_negative_prompt_to_leave_out():
     table = capture(
-        _Recorder(0, 0), _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=1.0
+        _Recorder(0, 0),
+        _shallow,
+        _EXACT,
+        _prompts(1),
+        _scheduler(),
+        _SHAPE,
+        _INFLUENCE,
+        guidance_scale=1.0,
     ).table
     assert table.unguided.shape == (_STEPS, 1)
 
@@ -185,25 +266,29 @@ def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none()
         calls.append(inputs)
         return _Recorder(0, 0)(*inputs)
 
-    capture(counted, _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=2.0)
-    assert len(calls) == 2 * 2 * _STEPS
+    capture(
+        counted, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=2.0
+    )
+    assert len(calls) == RUNS * 2 * _STEPS
     calls.clear()
-    capture(counted, _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=1.0)
-    assert len(calls) == 2 * _STEPS
+    capture(
+        counted, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=1.0
+    )
+    assert len(calls) == RUNS * _STEPS
 
 
-def test_progress_is_told_of_every_step_of_both_runs():
+def test_progress_is_told_of_every_step_of_every_run():
     told = []
     capture(
-        _Recorder(0, 0), _shallow, _prompts(2), _scheduler(), _SHAPE, _INFLUENCE,
+        _Recorder(0, 0), _shallow, _EXACT, _prompts(2), _scheduler(), _SHAPE, _INFLUENCE,
         on_step=lambda: told.append(None),
     )  # fmt: skip
-    assert len(told) == 2 * 2 * _STEPS
+    assert len(told) == RUNS * 2 * _STEPS
 
 
 def test_the_largest_gap_is_cut_to_what_the_steps_allow():
     table = capture(
-        _Recorder(0, 0), _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, max_gap=99
+        _Recorder(0, 0), _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, max_gap=99
     ).table
     assert table.max_gap == _STEPS - 1
 
@@ -211,7 +296,7 @@ def test_the_largest_gap_is_cut_to_what_the_steps_allow():
 def test_samples_carry_the_anchor_feature_of_the_guided_branch():
     recorder = _Recorder(2, 1)
     samples = capture(
-        recorder, _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, max_gap=3
+        recorder, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, max_gap=3
     ).samples
     assert [s.step for s in samples] == [0, 2, 3, 5]
     for sample in samples:
@@ -225,7 +310,7 @@ def test_a_non_finite_prediction_stops_with_the_prompt_and_step_named():
         return worth * latents, latents
 
     with pytest.raises(CalibrationError) as caught:
-        capture(broken, _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE)
+        capture(broken, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE)
     assert str(caught.value) == "prompt 0, step 4: the denoiser gave a non-finite prediction"
 
 
@@ -236,11 +321,11 @@ def test_a_non_finite_feature_stops_with_its_channel_named():
         return latents, feature
 
     with pytest.raises(CalibrationError) as caught:
-        capture(broken, _shallow, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE)
+        capture(broken, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE)
     assert str(caught.value) == ("prompt 0, step 4: channel 2 of the cached feature is not finite")
 
 
 def test_no_prompt_is_refused():
     with pytest.raises(CalibrationError) as caught:
-        capture(_Recorder(0, 0), _shallow, [], _scheduler(), _SHAPE, _INFLUENCE)
+        capture(_Recorder(0, 0), _shallow, _EXACT, [], _scheduler(), _SHAPE, _INFLUENCE)
     assert str(caught.value) == "calibration needs at least one prompt"

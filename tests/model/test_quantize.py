@@ -5,7 +5,7 @@ from cq_edge.metrics import sqnr_db
 from cq_edge.model.quantize import Int8Conv2d, quantize_for_xnnpack
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import split_unet
-from tests.model.tiny_models import step_inputs, tiny_unet
+from tests.model.tiny_models import no_correction, step_inputs, tiny_unet
 
 
 def quantised_pair():
@@ -47,7 +47,7 @@ def test_the_quantised_pair_agrees_bit_for_bit():
     _, (full, shallow) = quantised_pair()
     inputs = step_inputs()
     predicted, feature = full(*inputs)
-    assert torch.equal(shallow(*inputs, feature, torch.ones(16), torch.zeros(16)), predicted)
+    assert torch.equal(shallow(*inputs, feature, *no_correction(shallow)), predicted)
 
 
 def test_all_layers_but_the_first_and_last_are_eight_bits():

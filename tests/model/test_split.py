@@ -3,7 +3,7 @@ import torch
 
 from cq_edge.errors import ModelError
 from cq_edge.model.split import split_refusal, split_unet
-from tests.model.tiny_models import step_inputs, tiny_unet
+from tests.model.tiny_models import no_correction, step_inputs, tiny_unet
 
 
 @pytest.mark.parametrize("size", [8, 10, 7])
@@ -16,7 +16,7 @@ def test_both_modules_equal_the_unet_bit_for_bit(shallow_layers, size):
 
     predicted, feature = full(*inputs)
     channels = shallow.feature_channels
-    again = shallow(*inputs, feature, torch.ones(channels), torch.zeros(channels))
+    again = shallow(*inputs, feature, *no_correction(shallow))
 
     assert torch.equal(predicted, unet(*inputs).sample)
     assert torch.equal(again, predicted)
@@ -24,20 +24,38 @@ def test_both_modules_equal_the_unet_bit_for_bit(shallow_layers, size):
 
 
 @torch.no_grad()
-def test_the_correction_is_applied_to_the_cached_feature():
+def test_the_cache_correction_is_applied_to_the_cached_feature():
     _, shallow = split_unet(tiny_unet())
     inputs = step_inputs()
     feature = torch.randn(1, 16, 8, 8)
     gain, bias = torch.rand(16) + 0.5, torch.rand(16)
+    none = no_correction(shallow)
 
-    corrected = shallow(*inputs, feature, gain, bias)
+    corrected = shallow(*inputs, feature, gain, bias, *none[2:])
 
     by_hand = feature * gain[None, :, None, None] + bias[None, :, None, None]
-    plain = shallow(*inputs, by_hand, torch.ones(16), torch.zeros(16))
-    assert torch.allclose(corrected, plain, atol=1e-6)
-    assert not torch.allclose(
-        corrected, shallow(*inputs, feature, torch.ones(16), torch.zeros(16)), atol=1e-3
-    )
+    assert torch.allclose(corrected, shallow(*inputs, by_hand, *none), atol=1e-6)
+    assert not torch.allclose(corrected, shallow(*inputs, feature, *none), atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_quantisation_correction_is_that_of_the_layers_that_consume_the_feature():
+    _, shallow = split_unet(tiny_unet())
+    inputs, feature = step_inputs(), torch.randn(1, 16, 8, 8)
+    gain, bias = torch.rand(32) + 0.5, torch.rand(32)
+    corrected = shallow(*inputs, feature, *no_correction(shallow)[:2], gain, bias)
+    before = shallow.consumed(*inputs, feature)
+
+    resnet = shallow.outer[0].resnet
+    for layer, part in ((resnet.conv1, slice(0, 16)), (resnet.conv_shortcut, slice(16, 32))):
+        layer.weight *= gain[part, None, None, None]
+        layer.bias.copy_(layer.bias * gain[part] + bias[part])
+    by_hand = shallow(*inputs, feature, *no_correction(shallow))
+
+    torch.testing.assert_close(corrected, by_hand, atol=1e-5, rtol=1e-5)
+    after = shallow.consumed(*inputs, feature)
+    expected = before * gain[None, :, None, None] + bias[None, :, None, None]
+    torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_modules_share_the_unets_parameters_and_the_shallow_holds_only_what_it_runs():

@@ -5,6 +5,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from cq_edge.model.split import ShallowUNet
+
 
 def tiny_unet(**changes: object) -> UNet2DConditionModel:
     torch.manual_seed(0)
@@ -56,6 +58,12 @@ def step_inputs(size: int = 8, width: int = 24) -> tuple[Tensor, Tensor, Tensor]
     latents = torch.randn(1, 4, size, size, generator=generator)
     embeddings = torch.randn(1, 77, width, generator=generator)
     return latents, torch.tensor([741.0]), embeddings
+
+
+def no_correction(shallow: ShallowUNet) -> list[Tensor]:
+    """Returns both halves' gains and biases that change nothing."""
+    widths = (shallow.feature_channels, shallow.consumed_channels)
+    return [values for width in widths for values in (torch.ones(width), torch.zeros(width))]
 
 
 @torch.no_grad()

@@ -131,7 +131,7 @@ def test_each_branch_reuses_its_own_feature_and_both_share_the_correction() -> N
             else:
                 gap = step - anchor
                 inputs["cached_feature"] = features[which]
-                inputs |= {"gain": table.gain[anchor, gap], "bias": table.bias[anchor, gap]}
+                inputs |= table.correction(anchor, anchor + gap).inputs()
                 outputs = engine.run("denoise_shallow", inputs)
             predictions.append(outputs["noise_pred"])
         guided = predictions[0] + np.float32(5.0) * (predictions[1] - predictions[0])

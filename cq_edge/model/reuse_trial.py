@@ -1,0 +1,164 @@
+"""Tries what the shallow graph makes of reused features, and fits what mends its own layers.
+
+Both run the loop anew with the full graph at every step, and at each step k reuse the features
+of the steps before it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cq_edge.correction import MomentAccumulator
+from cq_edge.model.trajectory import Loop, Prompt, Visit, mean_square
+
+ShallowGraph = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Consumer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""What the layers that consume a feature make of (latents, timestep, embeddings, feature)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Consumers:
+    """The layers that consume a cached feature: as they ship, and as they were in float.
+
+    Both give (B, 2·C', h, w), as `ShallowUNet.consumed` does.
+    """
+
+    shipped: Consumer
+    exact: Consumer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Corrections:
+    """A gain and a bias per (anchor, gap) and channel, each (T, G+1, channels) float32.
+
+    Column 0 is the identity; entries beyond the last step are NaN.
+    """
+
+    gain: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+    def at(self, anchor: int, gap: int) -> tuple[Tensor, Tensor]:
+        """Returns the gain and bias of a pair."""
+        return torch.from_numpy(self.gain[anchor, gap]), torch.from_numpy(self.bias[anchor, gap])
+
+    def identity_where(self, dropped: NDArray[np.bool_]) -> "Corrections":
+        """Returns the corrections with those of some (anchor, gap) pairs changing nothing."""
+        keep = ~dropped[:, :, None]
+        return Corrections(
+            np.where(keep, self.gain, np.float32(1)), np.where(keep, self.bias, np.float32(0))
+        )
+
+
+def fit_pairs(
+    pairs: Sequence[Sequence[MomentAccumulator]], max_gap: int, channels: int
+) -> Corrections:
+    """Returns the corrections of what each pair's moments hold.
+
+    Args:
+        pairs: For each of T anchors the moments at the gaps from 1 on that there are.
+        max_gap: G.
+        channels: That each correction has.
+    """
+    gain, bias = np.full((2, len(pairs), max_gap + 1, channels), np.nan, np.float32)
+    gain[:, 0], bias[:, 0] = 1, 0
+    for anchor, row in enumerate(pairs):
+        for gap, moments in enumerate(row, start=1):
+            fitted = moments.fit()
+            gain[anchor, gap], bias[anchor, gap] = fitted.gain, fitted.bias
+    return Corrections(gain, bias)
+
+
+def fit_quantisation(
+    loop: Loop,
+    consumers: Consumers,
+    prompts: Sequence[Prompt],
+    cache: Corrections,
+    on_step: Callable[[], object],
+) -> Corrections:
+    """Returns what maps the shipped layers' outputs on a corrected feature onto those that the
+    float layers have on the step's own feature, by least squares, output channel by channel.
+
+    Source: CacheQuant's second half, fitted after the first. We differ in applying its bias whole
+    (its code drops (gain - 1) · bias) and in fitting the guided combination too.
+    """
+    total, columns = cache.gain.shape[:2]
+    pairs = [
+        [MomentAccumulator() for _ in range(min(columns - 1, total - 1 - i))] for i in range(total)
+    ]
+    channels = 0
+    for prompt, visit, anchors in _visits(loop, prompts, columns - 1, on_step):
+        exact = _outputs(loop, consumers.exact, visit, prompt, visit.features)
+        channels = exact[0].shape[1]
+        for gap, anchor in enumerate(anchors, start=1):
+            gain, bias = (x.reshape(1, -1, 1, 1) for x in cache.at(anchor.step, gap))
+            reused = [gain * feature + bias for feature in anchor.features]
+            found = _outputs(loop, consumers.shipped, visit, prompt, reused)
+            pairs[anchor.step][gap - 1].add(_rows(found), _rows(exact))
+    return fit_pairs(pairs, columns - 1, channels)
+
+
+def reuse_squares(
+    loop: Loop,
+    shallow: ShallowGraph,
+    prompts: Sequence[Prompt],
+    halves: Sequence[tuple[Corrections, Corrections]],
+    on_step: Callable[[], object],
+) -> NDArray[np.float64]:
+    """Returns (N, T, G+1) mean squared errors of the guided noise prediction of every step i + g
+    with the features of step i, summed over the prompts.
+
+    Args:
+        loop: Of the full graph.
+        shallow: The shallow graph.
+        prompts: The embeddings to run.
+        halves: N choices of a cache correction and a quantisation correction to try.
+        on_step: Called after each step of each prompt.
+    """
+    total, columns = halves[0][0].gain.shape[:2]
+    squares = np.zeros((len(halves), total, columns))
+    for prompt, visit, anchors in _visits(loop, prompts, columns - 1, on_step):
+        branches = loop.branches(prompt)
+        for gap, anchor in enumerate(anchors, start=1):
+            for index, (cache, quantisation) in enumerate(halves):
+                correction = (*cache.at(anchor.step, gap), *quantisation.at(anchor.step, gap))
+                reused = loop.guided(
+                    [
+                        shallow(visit.seen, visit.timestep, context, feature, *correction)
+                        for context, feature in zip(branches, anchor.features, strict=True)
+                    ]
+                )
+                squares[index, anchor.step, gap] += mean_square(reused - visit.noise_pred)
+    return squares
+
+
+def _visits(
+    loop: Loop, prompts: Sequence[Prompt], max_gap: int, on_step: Callable[[], object]
+) -> Iterator[tuple[Prompt, Visit, list[Visit]]]:
+    """Yields every step of every prompt's run and the steps before it, the last one first."""
+    for number, prompt in enumerate(prompts):
+        earlier: list[Visit] = []
+        for visit in loop.run(number, prompt):
+            yield prompt, visit, earlier
+            earlier = [visit, *earlier][:max_gap]
+            on_step()
+
+
+def _outputs(
+    loop: Loop, consumer: Consumer, visit: Visit, prompt: Prompt, features: Sequence[Tensor]
+) -> list[Tensor]:
+    """Returns what the layers make of each branch's feature, and with guidance of both."""
+    found = [
+        consumer(visit.seen, visit.timestep, context, feature)
+        for context, feature in zip(loop.branches(prompt), features, strict=True)
+    ]
+    return [*found, loop.guided(found)] if len(found) > 1 else found
+
+
+def _rows(outputs: Sequence[Tensor]) -> NDArray[np.float32]:
+    """Returns (N, channels): a row per pixel."""
+    joined = torch.cat(list(outputs)).numpy()
+    return np.moveaxis(joined, 1, -1).reshape(-1, joined.shape[1])
