@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := out/demo
 EVALUATE := out/evaluate
+ALSO := --also dpmsolver++:12 --also dpmsolver++:16 --also dpmsolver++:20
 # two workers of one thread each: more threads than cores wait for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
@@ -39,12 +40,15 @@ test-all: lint ## the same with the slow tests
 figures: setup ## measure and draw what README shows (docs/first_light.png and .md)
 	$(BIN)/python -m benchmarks.first_light
 
-evaluate: setup ## compare a 4 times smaller bundle with float32 (out/evaluate, docs/evaluation.json)
-	$(BIN)/cq-edge build -o $(EVALUATE)/bundle --compression 4.1 --force
-	$(BIN)/cq-edge build -o $(EVALUATE)/float32 --quantization none --force
+evaluate: setup ## compare smaller bundles with float32 and rank plans (out/evaluate, docs/)
+	$(BIN)/cq-edge build -o $(EVALUATE)/float32 --quantization none $(ALSO) --force
+	$(BIN)/cq-edge build -o $(EVALUATE)/bundle --compression 4.1 $(ALSO) --force
+	$(BIN)/cq-edge build -o $(EVALUATE)/small --compression 6 $(ALSO) --force
 	$(BIN)/cq-edge evaluate $(EVALUATE)/bundle --reference $(EVALUATE)/float32 --threads 1 \
 		--frontier-captions 24 --json docs/evaluation.json --html $(EVALUATE)/report.html --force
-	$(BIN)/python -m benchmarks.plan_ranking $(EVALUATE)/bundle --threads 1
+	$(BIN)/cq-edge evaluate $(EVALUATE)/small --reference $(EVALUATE)/float32 --threads 1 \
+		--speedup 8 --captions 64 --frontier-captions 0 --json docs/evaluation_8x_6x.json --force
+	$(BIN)/python -m benchmarks.plan_ranking $(EVALUATE)/bundle --captions 8 --threads 1
 
 train-demo-model: setup ## train, package and judge the demo model (hours on a CPU)
 	$(BIN)/python -m tools.train_demo_model

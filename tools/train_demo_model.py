@@ -29,6 +29,8 @@ from tools.demo_training.unet import new_unet, train_unet
 from tools.demo_training.vae import encode_scenes, psnr_of, train_vae
 from tools.demo_training.widen import widen
 
+_DOCS = Path(__file__).parents[1] / "docs"  # the card's pictures lie beside it
+
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
@@ -140,7 +142,7 @@ def package_stage(shop: Workshop) -> None:
     unet = new_unet()
     unet.load_state_dict(load_average("unet", shop.folder))
     package.package_pipeline(shop.tokenizer(), shop.text(), shop.vae().cpu(), unet, DEMO_MODEL)
-    plot_losses(shop.folder, DEMO_MODEL / "training_loss.png")
+    plot_losses(shop.folder, _DOCS / "demo_model_losses.png")
     if shop.args.from_shipped and not (shop.folder / "scorer.pt").exists():
         return
     clip = new_scorer(shop.tokenizer())
@@ -155,7 +157,7 @@ def judge_stage(shop: Workshop) -> None:
     """Measures the shipped folders on held-out captions and draws the sample sheet."""
     judge.judge_scorer(Scorer.load(), shop.args.judge_captions)
     for scale in shop.args.judge_guidance:
-        sheet = DEMO_MODEL / "samples.png"
+        sheet = _DOCS / "demo_model_samples.png"
         judge.judge_model(shop.args.judge_captions, scale, sheet, shop.device)
 
 
