@@ -118,7 +118,7 @@ class ReuseTable:
         if objective not in OBJECTIVES:
             raise UsageError(f"objective is {objective!r}: choose {' or '.join(OBJECTIVES)}")
         if objective == OBJECTIVES[0]:
-            return self._influential(self.noise_pred)
+            return self._added_up(self.noise_pred)
         return self.feature_l1
 
     def reuse_errors(self, objective: str = OBJECTIVES[0]) -> ReuseErrors:
@@ -131,7 +131,7 @@ class ReuseTable:
         """
         shallow = self.errors(objective)
         if objective == OBJECTIVES[0]:
-            forecasts = (self._influential(self.skip), self._influential(self.unguided))
+            forecasts = (self._added_up(self.skip), self._added_up(self.unguided))
             return ReuseErrors(shallow, *forecasts)
         never = np.zeros((len(shallow), 1))
         return ReuseErrors(shallow, never, never)
@@ -225,10 +225,16 @@ class ReuseTable:
         except CalibrationError as error:
             raise BundleError(f"{path} is not a reuse table: {error}") from None
 
-    def _influential(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Returns (T, G+1) mean squared errors, each times the influence of its step."""
+    def _added_up(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Returns (T, G+1): by how much each step of a segment raises the final latents' error.
+
+        What reuses one and the same feature errs in one direction: amplitudes add up over a
+        segment, not squares, and the sum is what is squared. Errors of different segments are
+        taken to be independent.
+        """
         step = np.add.outer(*map(np.arange, squares.shape))
-        return squares * self.influence[np.minimum(step, len(self.influence) - 1)]
+        weighted = squares * self.influence[np.minimum(step, len(self.influence) - 1)]
+        return np.diff(np.cumsum(np.sqrt(weighted), axis=1) ** 2, axis=1, prepend=0.0)
 
     def _check_shapes(self) -> None:
         two = dict.fromkeys((*_ERRORS, *_SLOPES), 2)

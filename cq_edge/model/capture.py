@@ -20,6 +20,7 @@ from torch import Tensor
 from cq_edge.correction import MomentAccumulator
 from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Forecast
+from cq_edge.influence import step_influence
 from cq_edge.model.reuse_trial import (
     Consumers,
     Corrections,
@@ -76,7 +77,6 @@ def capture(
     prompts: Sequence[Prompt],
     noise_scheduler: NoiseScheduler,
     latents_shape: tuple[int, int, int],
-    influence: NDArray[np.float64],
     *,
     base_error: float = 0.0,
     guidance_scale: float = 7.5,
@@ -95,7 +95,6 @@ def capture(
         prompts: The embeddings to calibrate with.
         noise_scheduler: Of T steps.
         latents_shape: (4, h, w).
-        influence: (T,) of each step, as `measure_response` returns it.
         base_error: Of every step full, against the bundle's own noise scheduler and steps.
         guidance_scale: 1.0 runs the guided branch alone.
         max_gap: The largest gap measured; cut to T - 1.
@@ -130,7 +129,7 @@ def capture(
         guidance_scale=guidance_scale,
         base_error=base_error,
         timesteps=np.asarray(noise_scheduler.timesteps, np.float32),
-        influence=influence,
+        influence=step_influence(noise_scheduler) ** 2,
         noise_pred=_means(error, len(prompts)),
         feature_l1=features.l1(),
         skip=_means(predictions.squares(), len(prompts)),

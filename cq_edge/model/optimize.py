@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cq_edge.errors import UsageError
+from cq_edge.model.base_error import base_error, final_latents
 from cq_edge.model.capture import RUNS, Calibration, capture
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
 from cq_edge.model.mixed_precision import choose_four_bits
 from cq_edge.model.prompts import embed_prompts, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
-from cq_edge.model.response import Response, measure_response, tried_steps
 from cq_edge.model.reuse_trial import Consumers, ShallowGraph
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import ShallowUNet, split_unet
@@ -23,7 +23,7 @@ from cq_edge.model.trajectory import FullGraph, Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 QUANTIZATIONS = ("int8", "none")
-_INFLUENCE_PROMPTS = 2  # what the influence of each step is measured on
+_COMPARED_PROMPTS = 4  # what noise schedulers and steps are compared on
 _TRIAL_PROMPTS, _TRIAL_STEPS = 2, 5  # what layers are tried on at four bits
 
 
@@ -128,8 +128,8 @@ def calibrate(
     Args:
         pipeline: Gives the prompts' embeddings and the noise schedule.
         config: What to calibrate for.
-        optimized: The modules: the float full one for the influence of each step, and both
-            shallow ones for the quantisation correction.
+        optimized: The modules: the float full one to compare noise schedulers and steps with, and
+            both shallow ones for the quantisation correction.
         full: The full graph; exported ones are faster than eager modules, and the real thing.
         shallow: The shallow graph.
         on_step: Called after every step that is run (`calibration_steps`), for progress bars.
@@ -143,12 +143,12 @@ def calibrate(
     shipped, exact = (half["denoise_shallow"] for half in (optimized.edge, optimized.reference))
     consumers = Consumers(cast(ShallowUNet, shipped).consumed, cast(ShallowUNet, exact).consumed)
     calibrations: list[Calibration] = []
-    own: Response | None = None
+    own: tuple[Tensor, ...] | None = None
     for name, steps in ((config.noise_scheduler, config.steps), *config.also):
         noise_scheduler = make_noise_scheduler(name, steps, noise_schedule)
         loop = Loop(optimized.reference["denoise"], noise_scheduler, shape, config.guidance_scale)
-        response = measure_response(loop, prompts[:_INFLUENCE_PROMPTS], on_step)
-        own = own or response
+        finals = final_latents(loop, prompts[:_COMPARED_PROMPTS], on_step)
+        own = own or finals
         calibrations.append(
             capture(
                 full,
@@ -157,8 +157,7 @@ def calibrate(
                 prompts,
                 noise_scheduler,
                 shape,
-                response.influence,
-                base_error=response.distance(own),
+                base_error=base_error(finals, own),
                 guidance_scale=config.guidance_scale,
                 max_gap=config.max_gap,
                 on_step=on_step,
@@ -169,9 +168,7 @@ def calibrate(
 
 def calibration_steps(prompts: int, totals: Sequence[int]) -> int:
     """Returns how many steps `calibrate` runs for so many prompts and each T."""
-    watched = min(prompts, _INFLUENCE_PROMPTS)
-    resumed = [sum(total - 1 - step for step in tried_steps(total)) for total in totals]
-    return (RUNS * prompts + watched) * sum(totals) + watched * sum(resumed)
+    return (RUNS * prompts + min(prompts, _COMPARED_PROMPTS)) * sum(totals)
 
 
 def parity_inputs(

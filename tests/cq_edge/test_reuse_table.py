@@ -82,9 +82,13 @@ def test_correction_is_the_entry_of_anchor_and_gap():
 
 
 def test_errors_are_those_of_the_objective_asked_for():
-    step = np.minimum(np.add.outer(np.arange(T), np.arange(G + 1)), T - 1)
-    expected = table().noise_pred * table().influence[step]
-    np.testing.assert_array_equal(table().errors(), expected)
+    found, amplitude = table().errors(), np.sqrt(table().noise_pred)
+    for anchor in range(T - G):
+        worth = np.sqrt(table().influence[anchor : anchor + G + 1])
+        for gap in range(G + 1):
+            # of a segment of shallow steps, the amplitudes add up
+            whole = (amplitude[anchor, : gap + 1] * worth[: gap + 1]).sum() ** 2
+            assert found[anchor, : gap + 1].sum() == pytest.approx(whole)
     np.testing.assert_array_equal(table().errors("feature_l1"), table().feature_l1)
     message = "objective is 'l2': choose noise_pred or feature_l1"
     with pytest.raises(UsageError, match=f"^{message}$"):
@@ -293,7 +297,7 @@ def test_only_our_objective_knows_what_forecasts_cost():
     for name, found in (("noise_pred", ours.shallow), ("skip", ours.skip)):
         for anchor, gap in ((0, 1), (2, 1)):
             expected = getattr(table(), name)[anchor, gap] * table().influence[anchor + gap]
-            assert found[anchor, gap] == expected
+            assert found[anchor, gap] == pytest.approx(expected)
     assert ours.unguided.shape == table().unguided.shape
     np.testing.assert_array_equal(papers.shallow, table().feature_l1)
     assert papers.skip.shape == papers.unguided.shape == (T, 1)

@@ -5,13 +5,13 @@ import torch
 from cq_edge.correction import fit_correction
 from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Forecast
+from cq_edge.influence import step_influence
 from cq_edge.model.capture import MAX_SKIP, MAX_UNGUIDED, RUNS, capture
 from cq_edge.model.reuse_trial import Consumers
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 _SHAPE = (4, 4, 4)
 _STEPS = 6
-_INFLUENCE = np.linspace(2, 1, _STEPS)
 
 
 class _Recorder:
@@ -81,9 +81,7 @@ def _scheduler():
 
 def test_errors_and_corrections_are_those_of_the_features_seen():
     recorder = _Recorder(2, 3)
-    table = capture(
-        recorder, _shallow, _EXACT, _prompts(3), _scheduler(), _SHAPE, _INFLUENCE, max_gap=3
-    ).table
+    table = capture(recorder, _shallow, _EXACT, _prompts(3), _scheduler(), _SHAPE, max_gap=3).table
     assert table.feature_l1.shape == (_STEPS, 4)
     by_prompt = [_by_step(recorder, n) for n in range(3)]
     kept = 0
@@ -113,12 +111,11 @@ def test_noise_prediction_errors_are_what_the_corrected_features_leave():
         _prompts(3),
         _scheduler(),
         _SHAPE,
-        _INFLUENCE,
         max_gap=3,
         guidance_scale=scale,
     )
     table = calibration.table
-    np.testing.assert_array_equal(table.influence, _INFLUENCE)
+    np.testing.assert_array_equal(table.influence, step_influence(_scheduler()) ** 2)
     for anchor in range(_STEPS):
         for gap in range(1, min(3, _STEPS - 1 - anchor) + 1):
             correction = table.correction(anchor, anchor + gap).cache
@@ -144,7 +141,6 @@ def test_a_correction_that_makes_predictions_worse_is_dropped():
         _prompts(1),
         _scheduler(),
         _SHAPE,
-        _INFLUENCE,
         max_gap=2,
         guidance_scale=2,
     ).table
@@ -174,7 +170,6 @@ def test_layers_that_went_wrong_are_mended_after_the_feature_is():
         _prompts(2),
         _scheduler(),
         _SHAPE,
-        _INFLUENCE,
         max_gap=2,
         guidance_scale=scale,
     ).table
@@ -213,7 +208,7 @@ def test_forecasts_follow_the_line_as_far_as_leaves_the_least_error():
         return noise_pred, feature
 
     table = capture(
-        full, _shallow, _EXACT, prompts, _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=scale
+        full, _shallow, _EXACT, prompts, _scheduler(), _SHAPE, guidance_scale=scale
     ).table
     assert table.skip.shape == (_STEPS, MAX_SKIP + 1)
     assert table.unguided.shape == (_STEPS, MAX_UNGUIDED + 1)
@@ -253,7 +248,6 @@ def test_without_guidance_there_is_no_negative_prompt_to_leave_out():
         _prompts(1),
         _scheduler(),
         _SHAPE,
-        _INFLUENCE,
         guidance_scale=1.0,
     ).table
     assert table.unguided.shape == (_STEPS, 1)
@@ -266,21 +260,17 @@ def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none()
         calls.append(inputs)
         return _Recorder(0, 0)(*inputs)
 
-    capture(
-        counted, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=2.0
-    )
+    capture(counted, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, guidance_scale=2.0)
     assert len(calls) == RUNS * 2 * _STEPS
     calls.clear()
-    capture(
-        counted, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, guidance_scale=1.0
-    )
+    capture(counted, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, guidance_scale=1.0)
     assert len(calls) == RUNS * _STEPS
 
 
 def test_progress_is_told_of_every_step_of_every_run():
     told = []
     capture(
-        _Recorder(0, 0), _shallow, _EXACT, _prompts(2), _scheduler(), _SHAPE, _INFLUENCE,
+        _Recorder(0, 0), _shallow, _EXACT, _prompts(2), _scheduler(), _SHAPE,
         on_step=lambda: told.append(None),
     )  # fmt: skip
     assert len(told) == RUNS * 2 * _STEPS
@@ -288,7 +278,7 @@ def test_progress_is_told_of_every_step_of_every_run():
 
 def test_the_largest_gap_is_cut_to_what_the_steps_allow():
     table = capture(
-        _Recorder(0, 0), _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, max_gap=99
+        _Recorder(0, 0), _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, max_gap=99
     ).table
     assert table.max_gap == _STEPS - 1
 
@@ -296,7 +286,7 @@ def test_the_largest_gap_is_cut_to_what_the_steps_allow():
 def test_samples_carry_the_anchor_feature_of_the_guided_branch():
     recorder = _Recorder(2, 1)
     samples = capture(
-        recorder, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE, max_gap=3
+        recorder, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, max_gap=3
     ).samples
     assert [s.step for s in samples] == [0, 2, 3, 5]
     for sample in samples:
@@ -310,7 +300,7 @@ def test_a_non_finite_prediction_stops_with_the_prompt_and_step_named():
         return worth * latents, latents
 
     with pytest.raises(CalibrationError) as caught:
-        capture(broken, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE)
+        capture(broken, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE)
     assert str(caught.value) == "prompt 0, step 4: the denoiser gave a non-finite prediction"
 
 
@@ -321,11 +311,11 @@ def test_a_non_finite_feature_stops_with_its_channel_named():
         return latents, feature
 
     with pytest.raises(CalibrationError) as caught:
-        capture(broken, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, _INFLUENCE)
+        capture(broken, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE)
     assert str(caught.value) == ("prompt 0, step 4: channel 2 of the cached feature is not finite")
 
 
 def test_no_prompt_is_refused():
     with pytest.raises(CalibrationError) as caught:
-        capture(_Recorder(0, 0), _shallow, _EXACT, [], _scheduler(), _SHAPE, _INFLUENCE)
+        capture(_Recorder(0, 0), _shallow, _EXACT, [], _scheduler(), _SHAPE)
     assert str(caught.value) == "calibration needs at least one prompt"
