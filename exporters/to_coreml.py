@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,12 @@ _NUMPY = {"float32": np.float32, "int64": np.int32}  # Core ML has no int64
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a graph lies: a package's name, and the function in it."""
+    """Where a graph lies: a package's name, the function in it, and how many bytes the graph's
+    weights would take alone."""
 
     package: str
     function: str
+    weight_bytes: int
 
 
 def export_coreml(
@@ -67,20 +69,24 @@ def export_coreml(
     Raises:
         ExportError: A module cannot be traced, converted or compressed; names the graph.
     """
-    places = {name: Place(f"{_PACKAGES[name]}.mlpackage", _SOLE) for name in modules}
+    places = {}
     shares = target != "ios17" and set(UNET_GRAPHS) <= set(modules)
     with _quiet(), tempfile.TemporaryDirectory(dir=folder) as scratch:
         for name, module in modules.items():
-            kept = Path(scratch) if shares and name in UNET_GRAPHS else folder
+            shared = shares and name in UNET_GRAPHS
+            package = (Path(scratch) if shared else folder) / f"{_PACKAGES[name]}.mlpackage"
             model = _convert(module, specs[name], target)
             if name in UNET_GRAPHS:
                 model = _named(name, "compressed", partial(compress, model))
-            _save(model, kept / places[name].package)
+            _save(model, package)
+            places[name] = Place(package.name, _SOLE, weight_bytes(package))
         if shares:
             sources = {name: Path(scratch) / places[name].package for name in UNET_GRAPHS}
-            package = f"{_PACKAGES['denoise']}.mlpackage"
-            _merge(sources, folder / package)
-            places |= {name: Place(package, name) for name in UNET_GRAPHS}
+            merged = f"{_PACKAGES['denoise']}.mlpackage"
+            _merge(sources, folder / merged)
+            places |= {
+                name: replace(places[name], package=merged, function=name) for name in UNET_GRAPHS
+            }
     return places
 
 
