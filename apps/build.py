@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tqdm import tqdm
 
 from apps.build_coreml import (
+    ATTENTIONS,
     TARGETS,
     WEIGHTS,
     CoreMLBuild,
@@ -28,7 +29,7 @@ from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
 from apps.replacing import check_replaceable, written_beside
 from cq_edge import __version__
-from cq_edge.checks import CHECKS_FILE, Check, save_checks
+from cq_edge.checks import CHECKS_FILE, Check, Checks, save_checks
 from cq_edge.errors import UsageError
 from cq_edge.manifest import (
     Defaults,
@@ -38,6 +39,7 @@ from cq_edge.manifest import (
     Manifest,
     ReuseTableEntry,
     TokenizerEntry,
+    file_sha256,
     write_manifest,
 )
 from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
@@ -213,6 +215,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--coreml-weights", choices=WEIGHTS, default=WEIGHTS[0], help="of the Core ML UNet: one "
         "format for all, or mixed: what --compression asks for (default 4) at least error, "
         "measured (default: %(default)s)")  # fmt: skip
+    add("--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help="of the Core ML UNet: "
+        "the two others suit the Neural Engine and compute the same "
+        "(default: %(default)s)")  # fmt: skip
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--compression", type=float, metavar="X", help="UNet weights at least X "
         "times smaller than float32, up to about 6: four bits in the layers where they cost "
@@ -472,9 +477,14 @@ def _coreml(
     folder: Path,
 ) -> CoreMLBuild:
     """Writes the Core ML packages, checks them, and returns what came of each graph."""
-    from cq_edge.model.graphs import EncodeGraph
+    from torch.nn import ModuleList
 
+    from cq_edge.model.graphs import EncodeGraph
+    from cq_edge.model.split_einsum import with_attention
+
+    unet = ModuleList(optimized.reference[name] for name in _UNET_GRAPHS)
     modules = {**optimized.reference, "encode": EncodeGraph(pipeline.text_encoder)}
+    modules |= zip(_UNET_GRAPHS, with_attention(unet, options.attention), strict=True)
     modules = {name: module.eval() for name, module in modules.items()}
     places = export_packages(modules, specs, inputs, options, folder)
     warning = size_warning(places["denoise"].weight_bytes, options)
@@ -501,7 +511,10 @@ def _save_checks(
                 BACKENDS[backend]: build.run(graph, arrays) for backend, build in builds.items()
             }
             checks.setdefault(graph, []).append(Check(arrays, reference(arrays), exported))
-    save_checks(folder / CHECKS_FILE, checks)
+    # nothing but the graphs' files is there yet
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    seals = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    save_checks(folder / CHECKS_FILE, Checks(checks, seals))
 
 
 def _table_file(table: ReuseTable) -> str:
@@ -563,6 +576,7 @@ def _conditions(
     if packages is not None:
         names.append("coremltools")
         found["coreml_target"], found["coreml_weights"] = packages.target, packages.weights
+        found["coreml_attention"] = packages.attention
         found["coreml_unet_compression"] = summaries["coreml"]["unet_compression"]
     found |= {name: version(name) for name in names}
     return {**found, "machine": platform.machine(), "system": platform.system()}

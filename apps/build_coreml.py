@@ -25,6 +25,7 @@ TARGETS = ("ios18", "ios17")
 WEIGHTS = (
     "mixed", "float16", "int8", "int4", "palette8", "palette6", "palette4", "palette3",
 )  # fmt: skip
+ATTENTIONS = ("original", "split-einsum", "split-einsum-v2")
 COMPRESSION = 4.0  # of the UNet, unless told otherwise
 # least parity in dB: float16 rounds everything a little; weights of eight bits or their equal in
 # size round more; what is smaller than that is asked for by people who can look at pictures
@@ -42,12 +43,13 @@ class CoreMLOptions:
     """How packages are written.
 
     `weights` is one of `WEIGHTS`; `compression`, of mixed weights, is how many times smaller than
-    float32 the UNet's are to be.
+    float32 the UNet's are to be; `attention` is one of `ATTENTIONS`.
     """
 
     target: str
     weights: str
     compression: float
+    attention: str = "original"
 
     @property
     def unet_floor_db(self) -> float:
@@ -148,7 +150,10 @@ def coreml_options(args: argparse.Namespace, compression: float | None) -> CoreM
             "there, take palette4 (two packages, Unet and UnetShallow)"
         )
     return CoreMLOptions(
-        args.coreml_target, weights, COMPRESSION if compression is None else compression
+        args.coreml_target,
+        weights,
+        COMPRESSION if compression is None else compression,
+        args.attention,
     )
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from apps.engines import ENGINES
 from cq_edge.checks import CHECKS_FILE, Check, load_checks
 from cq_edge.errors import BundleError, CQEdgeError
+from cq_edge.manifest import file_sha256
 from cq_edge.metrics import sqnr_db
 from runtime.bundle import Bundle, open_bundle
 from runtime.coreml_reference_engine import CoreMLReferenceEngine
@@ -73,9 +74,10 @@ def run(args: argparse.Namespace) -> int:
     bundle = open_bundle(args.bundle)
     checks = load_checks(bundle.path(CHECKS_FILE))
     verdicts = [verdict for name in bundle.manifest.backends for verdict in _verdicts(
-        bundle.for_backend(name), name, checks)]  # fmt: skip
+        bundle.for_backend(name), name, checks.graphs)]  # fmt: skip
     faults = [verdict.fault for verdict in verdicts if verdict.fault is not None]
-    _report(args, verdicts)
+    faults += _broken_seals(bundle, checks.seals)
+    _report(args, verdicts, good=not faults)
     if faults:
         raise BundleError("; ".join(faults))
     return 0
@@ -103,6 +105,22 @@ def _verdicts(
         engine.unload(graph)
 
 
+def _broken_seals(bundle: Bundle, seals: Mapping[str, str]) -> list[str]:
+    """Returns what is wrong with the graphs' files, whatever the manifest says of them."""
+    graphs = [entry.file for name in bundle.manifest.backends
+              for entry in bundle.for_backend(name).manifest.graphs.values()]  # fmt: skip
+    belong = [
+        file
+        for file in bundle.manifest.files
+        if any(file == graph or file.startswith(f"{graph}/") for graph in graphs)
+    ]
+    return [
+        f"{file} is not the file that was run when the bundle was built"
+        for file in belong
+        if seals.get(file) != file_sha256(bundle.path(file))
+    ]
+
+
 def _engine(bundle: Bundle, backend: str) -> Engine:
     """Returns what runs the graphs here: of Core ML always the interpreter, which rounds alike
     on every system."""
@@ -128,7 +146,7 @@ def _agreement_db(
         raise BundleError(f"{where} cannot be compared: {error}") from error
 
 
-def _report(args: argparse.Namespace, verdicts: Sequence[_Verdict]) -> None:
+def _report(args: argparse.Namespace, verdicts: Sequence[_Verdict], *, good: bool) -> None:
     if args.json:
         graphs = [
             {
@@ -140,10 +158,9 @@ def _report(args: argparse.Namespace, verdicts: Sequence[_Verdict]) -> None:
             }
             for one in verdicts
         ]
-        good = all(one.fault is None for one in verdicts)
         print(json.dumps({"bundle": str(args.bundle), "good": good, "graphs": graphs}))
         return
-    print("every file is what was written")
+    print("every file is what the manifest says")
     print(f"{'backend':9}{'graph':17}{'parity dB':>10}{'floor':>7}{'as built dB':>13}{'floor':>7}")
     for one in verdicts:
         same = "equal" if one.same_db > _LARGEST_DB else f"{one.same_db:.1f}"

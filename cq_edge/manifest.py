@@ -393,7 +393,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         _check_size(folder, relative, entry)
         path = folder / relative
         try:
-            found = _sha256(path)
+            found = file_sha256(path)
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error}") from None
         if found != entry.sha256:
@@ -435,11 +435,12 @@ def _digest_folder(folder: Path) -> dict[str, FileEntry]:
             continue
         if not path.resolve().is_relative_to(folder.resolve()):
             raise BundleError(f"{path} is a link out of the bundle: put the file itself there")
-        entries[relative] = FileEntry(path.stat().st_size, _sha256(path))
+        entries[relative] = FileEntry(path.stat().st_size, file_sha256(path))
     return entries
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's content, 64 lower-case hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_HASH_CHUNK_BYTES):

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 40
+_BINS = 4
 
 
 def palette(
@@ -40,7 +41,8 @@ def _first_levels(
     points: NDArray[np.float64], counts: NDArray[np.intp], count: int
 ) -> NDArray[np.float64]:
     """Returns levels as dense as the cube root of the values' density."""
-    histogram, borders = np.histogram(points, bins=min(256, len(points)), weights=counts)
+    bins = round(_BINS * float(np.cbrt(counts.sum())))  # Rice's rule, finer
+    histogram, borders = np.histogram(points, bins=bins, weights=counts)
     share = np.concatenate([[0], np.cumsum(np.cbrt(histogram))])
     wanted = (np.arange(count) + 0.5) / count * share[-1]
     levels: NDArray[np.float64] = np.interp(wanted, share, borders)

@@ -46,12 +46,13 @@ class WeightFormat:
         if self.is_palette:
             table, indices = palette(weight, self.bits)
             return table[indices].reshape(weight.shape).astype(np.float32)
-        groups = weight.astype(np.float16).astype(np.float32).reshape(self._scales(weight), -1)
+        # in float16 throughout, as coremltools does it
+        groups = weight.astype(np.float16).reshape(self._scales(weight), -1)
         most = (1 << self.bits - 1) - 1
-        scale = np.abs(groups).max(axis=1, keepdims=True) / most
-        scale = np.where(scale > 0, scale, 1).astype(np.float16).astype(np.float32)
-        steps = np.clip(np.round(groups / scale), -most - 1, most)
-        restored: NDArray[np.float32] = (steps * scale).reshape(weight.shape)
+        largest = np.abs(groups).max(axis=1, keepdims=True)
+        scale = np.where(largest > 0, (largest + largest) / (2 * most), 1).astype(np.float16)
+        steps = np.clip(np.round(groups / scale), -most, most).astype(np.float32)
+        restored: NDArray[np.float32] = (steps * scale.astype(np.float32)).reshape(weight.shape)
         return restored
 
     def stored_bytes(self, weight: NDArray[np.generic]) -> int:

@@ -91,8 +91,9 @@ def export_coreml(
 
 
 def weight_bytes(package: Path) -> int:
-    """Returns the size of a package's weights."""
-    return (package / _WEIGHTS).stat().st_size
+    """Returns the size of a package's weight file, 0 where all its constants are in the program."""
+    path = package / _WEIGHTS
+    return path.stat().st_size if path.exists() else 0
 
 
 def _convert(module: nn.Module, spec: GraphSpec, target: str) -> Any:
