@@ -9,14 +9,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
+from apps.build_coreml import (
+    ATTENTIONS,
+    TARGETS,
+    WEIGHTS,
+    CoreMLBuild,
+    CoreMLOptions,
+    check_packages,
+    coreml_options,
+    export_packages,
+    size_warning,
+)
+from apps.engines import BACKENDS
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
 from apps.replacing import check_replaceable, written_beside
 from cq_edge import __version__
+from cq_edge.checks import CHECKS_FILE, Check, Checks, save_checks
 from cq_edge.errors import UsageError
 from cq_edge.manifest import (
     Defaults,
@@ -26,6 +39,7 @@ from cq_edge.manifest import (
     Manifest,
     ReuseTableEntry,
     TokenizerEntry,
+    file_sha256,
     write_manifest,
 )
 from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
@@ -40,7 +54,7 @@ if TYPE_CHECKING:
     from exporters.graph_spec import GraphSpec
     from exporters.method_bytes import MethodBytes
     from exporters.operator_report import OperatorReport
-    from exporters.parity import ParityReport
+    from exporters.parity import Arrays, Graph, ParityReport
 
 GRAPHS_FILE = "graphs.pte"
 # least parity in dB: float32 graphs differ by rounding alone, int8 ones by their quantisation,
@@ -54,25 +68,117 @@ _UNET_GRAPHS = ("denoise", "denoise_shallow")
 _DESCRIPTION = """\
 Builds a bundle from a Stable Diffusion pipeline: quantises its UNet, splits it into a full and
 a shallow graph, measures on prompts what reusing features costs, exports everything as one
-ExecuTorch program, and checks each exported graph against the float module before anything
-is put in place."""
+ExecuTorch program or as Core ML packages, and checks each exported graph against the float
+module before anything is put in place."""
 
 _EXAMPLES = """\
 examples:
   cq-edge build -o demo                              the built-in demo model
   cq-edge build ./stable-diffusion-v1-5 -o sd15      a folder in diffusers layout
   cq-edge build -o demo --steps 20 --scheduler ddim  calibrated for other defaults
-  cq-edge build -o float --quantization none         float32, to compare with"""
+  cq-edge build -o float --quantization none         float32, to compare with
+  cq-edge build -o demo --backend executorch,coreml  for both toolchains"""
 
 
 @dataclass(frozen=True, slots=True)
 class _GraphResult:
-    """What one exported graph takes, how it agrees and where its operators run."""
+    """One exported graph: as a function, what it takes, how it agrees, where its operators run."""
 
     spec: "GraphSpec"
+    run: "Graph"
     size: "MethodBytes"
     parity: "ParityReport"
     operators: "OperatorReport"
+
+    def entry(self) -> GraphEntry:
+        """Returns what the manifest says of it."""
+        return GraphEntry(
+            file=GRAPHS_FILE,
+            method=self.spec.name,
+            backend="xnnpack",
+            inputs=self.spec.inputs,
+            outputs=self.spec.outputs,
+            parity_db=self.parity.min_db,
+            parity_floor_db=self.parity.floor_db,
+            delegated_macs_share=self.operators.delegated_macs_share,
+            delegated_ops_share=self.operators.delegated_ops_share,
+        )
+
+
+class _Build(Protocol):
+    """What one toolchain made of the graphs."""
+
+    def entries(self) -> dict[str, GraphEntry]:
+        """Returns what the manifest says of each graph."""
+        ...
+
+    def run(self, graph: str, inputs: Mapping[str, "NDArray[Any]"]) -> "Arrays":
+        """Returns a graph's outputs by name."""
+        ...
+
+    def summary(self, float32_bytes: int) -> dict[str, Any]:
+        """Returns what `--json` prints; `float32_bytes` are the UNet's parameters'.
+
+        `unet_compression` is how much smaller than those the stored weights are;
+        `shared_overhead` is what both UNet graphs take together over what the full one takes
+        alone.
+        """
+        ...
+
+    def report(self) -> None:
+        """Prints the graphs' table for people."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _ExecuTorchBuild:
+    """The graphs in `GRAPHS_FILE`, by name."""
+
+    results: Mapping[str, _GraphResult]
+
+    def entries(self) -> dict[str, GraphEntry]:
+        """Returns what the manifest says of each graph."""
+        return {name: result.entry() for name, result in self.results.items()}
+
+    def run(self, graph: str, inputs: Mapping[str, "NDArray[Any]"]) -> "Arrays":
+        """Returns a graph's outputs by name."""
+        return self.results[graph].run(inputs)
+
+    def summary(self, float32_bytes: int) -> dict[str, Any]:
+        """Returns what `--json` prints; sizes count programs too."""
+        from exporters.method_bytes import together
+
+        unet = together(self.results[name].size for name in _UNET_GRAPHS)
+        return {
+            "graphs": {
+                name: {
+                    "bytes": result.size.total_bytes,
+                    "parity_db": round(min(result.parity.min_db, 999.0), 2),
+                    "delegated_macs_share": round(result.operators.delegated_macs_share, 5),
+                    "delegated_ops_share": round(result.operators.delegated_ops_share, 5),
+                    "delegates": result.operators.delegates,
+                    "outside": dict(result.operators.outside),
+                }
+                for name, result in self.results.items()
+            },
+            "unet_compression": round(float32_bytes / sum(unet.weights.values()), 4),
+            "shared_overhead": round(
+                unet.total_bytes / self.results["denoise"].size.total_bytes, 5
+            ),
+        }
+
+    def report(self) -> None:
+        """Prints the graphs' table for people."""
+        print(f"{'graph':16} {'MB':>7} {'parity dB':>10} {'floor':>6} {'MACs in':>8} "
+              f"{'ops in':>7}  outside the delegate")  # fmt: skip
+        for name, result in self.results.items():
+            ops = result.operators
+            outside = ", ".join(f"{n} {op}" for op, n in ops.outside.items()) or "nothing"
+            print(
+                f"{name:16} {result.size.total_bytes / 1e6:7.2f} {result.parity.min_db:10.1f} "
+                f"{result.parity.floor_db:6.0f} {ops.delegated_macs_share:8.2%} "
+                f"{ops.delegated_ops_share:7.1%}  {outside}"
+            )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +207,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in the shallow graph (default: %(default)s)")  # fmt: skip
     add("--quantization", choices=tuple(_FLOORS_DB), default="int8", help="of the UNet (default: "
         "%(default)s)")  # fmt: skip
+    add("--backend", type=_backends, default=("executorch",), metavar="NAMES", help="executorch, "
+        "coreml, or both with a comma, the first choice first (default: executorch)")  # fmt: skip
+    add("--coreml-target", choices=TARGETS, default=TARGETS[0], help="the oldest system that "
+        "runs the packages; ios17 cannot keep both UNet graphs in one and gets two (default: "
+        "%(default)s)")  # fmt: skip
+    add("--coreml-weights", choices=WEIGHTS, default=WEIGHTS[0], help="of the Core ML UNet: one "
+        "format for all, or mixed: what --compression asks for (default 4) at least error, "
+        "measured (default: %(default)s)")  # fmt: skip
+    add("--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help="of the Core ML UNet: "
+        "the two others suit the Neural Engine and compute the same "
+        "(default: %(default)s)")  # fmt: skip
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--compression", type=float, metavar="X", help="UNet weights at least X "
         "times smaller than float32, up to about 6: four bits in the layers where they cost "
@@ -154,27 +271,49 @@ def run(args: argparse.Namespace) -> int:
         compression=_asked_compression(args, pipeline),
         also=also,
     )
-    optimized = _optimize(pipeline, config)
+    packages = coreml_options(args, config.compression) if "coreml" in args.backend else None
+    optimized = _optimize(pipeline, config, args.backend)
     defaults = Defaults(args.scheduler, args.steps, scale, full_steps)
+    builds: dict[str, _Build] = {}
     with written_beside(args.output) as folder:
         specs = _specs(optimized, pipeline)
-        exported = _export(optimized, specs, folder)
+        exported = _export(optimized, specs, folder) if "executorch" in args.backend else None
         runs = calibration_steps(len(prompts), totals)
         with tqdm(total=runs, desc="calibrate", unit="step") as progress:
-            calibrations = _calibrate(pipeline, config, optimized, specs, folder, progress.update)
+            step = progress.update
+            calibrations = _calibrate(pipeline, config, optimized, specs, folder, step)
         inputs = parity_inputs(pipeline, config, calibrations[0])
-        results = _check(optimized, specs, exported, inputs, args.quantization, folder)
+        for backend in args.backend:
+            if backend == "coreml" and packages is not None:
+                builds[backend] = _coreml(pipeline, optimized, specs, inputs, packages, folder)
+            elif exported is not None:
+                builds[backend] = _check(
+                    optimized, specs, exported, inputs, args.quantization, folder
+                )
+        _save_checks(optimized, builds, specs, inputs, folder)
         tables = [calibration.table for calibration in calibrations]
         for table in tables:
             table.save(folder / _table_file(table))
         write_vocabulary(pipeline.tokenizer, folder / "tokenizer")
         name = "cq-edge demo model" if args.model is None else Path(args.model).name
-        compression = _unet_compression(pipeline, results)
-        conditions = _conditions(args.quantization, compression)
-        manifest = _manifest(name, optimized, pipeline, results, defaults, tables, conditions)
+        summaries = {
+            backend: build.summary(_float32_bytes(pipeline)) for backend, build in builds.items()
+        }
+        conditions = _conditions(args.quantization, summaries, packages)
+        manifest = _manifest(name, optimized, pipeline, builds, defaults, tables, conditions)
         write_manifest(folder, manifest)
-    _report(args, _summary(args.output, results, compression, perf_counter() - start), results)
+    _report(args, _summary(args.output, summaries, perf_counter() - start), builds)
     return 0
+
+
+def _backends(text: str) -> tuple[str, ...]:
+    """An argparse type: names of toolchains, each once, with commas."""
+    names = tuple(text.split(","))
+    if not names or len(set(names)) < len(names) or set(names) - set(BACKENDS):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of executorch, coreml, executorch,coreml and coreml,executorch"
+        )
+    return names
 
 
 def _other_steps(text: str) -> tuple[str, int]:
@@ -222,9 +361,13 @@ def _image_size(pipeline: "StableDiffusionPipeline") -> ImageSize:
     return ImageSize(latents.height * scale, latents.width * scale)
 
 
-def _optimize(pipeline: "StableDiffusionPipeline", config: "OptimizeConfig") -> "Optimized":
-    from cq_edge.model.optimize import optimize
+def _optimize(
+    pipeline: "StableDiffusionPipeline", config: "OptimizeConfig", backends: Sequence[str]
+) -> "Optimized":
+    from cq_edge.model.optimize import float_graphs, optimize
 
+    if "executorch" not in backends:
+        return float_graphs(pipeline, config)
     if config.compression is None:
         return optimize(pipeline, config)
     with tqdm(desc="try layers at four bits", unit="layer") as progress:
@@ -274,8 +417,13 @@ def _calibrate(
     folder: Path,
     on_step: Callable[[], object],
 ) -> "tuple[Calibration, ...]":
-    """Calibrates on the exported graphs: what is measured is what ships."""
+    """Calibrates on the exported ExecuTorch graphs: what is measured is what ships. Without
+    them, on the float modules: the reference interpreter would take hours."""
     from cq_edge.model.optimize import calibrate
+
+    if not (folder / GRAPHS_FILE).exists():
+        float_full, float_shallow = (optimized.reference[name] for name in _UNET_GRAPHS)
+        return calibrate(pipeline, config, float_full, float_full, float_shallow, on_step)
     from exporters.to_executorch import load_graph, tensor_function
 
     full, shallow = (
@@ -292,30 +440,81 @@ def _check(
     inputs: "Mapping[str, list[dict[str, NDArray[Any]]]]",
     quantization: str,
     folder: Path,
-) -> dict[str, _GraphResult]:
+) -> _ExecuTorchBuild:
     """Runs every exported graph against its float module and returns what came of each.
 
     Raises:
         ParityError: An exported graph computes something else than its float module.
     """
     from exporters.method_bytes import method_bytes
+    from exporters.module_graph import module_graph
     from exporters.parity import check_parity
-    from exporters.to_executorch import load_graph, module_graph
+    from exporters.to_executorch import load_graph
 
     path, results = folder / GRAPHS_FILE, {}
     sizes = method_bytes(path)
     with tqdm(specs.items(), desc="check", unit="graph") as progress:
         for name, spec in progress:
             progress.set_postfix_str(f"{name} against the float module")
+            run = load_graph(path, spec)
             parity = check_parity(
                 name,
                 module_graph(optimized.reference[name], spec),
-                load_graph(path, spec),
+                run,
                 inputs[name],
                 _FLOORS_DB[quantization if name in _UNET_GRAPHS else "none"],
             )
-            results[name] = _GraphResult(spec, sizes[name], parity, exported[name])
-    return results
+            results[name] = _GraphResult(spec, run, sizes[name], parity, exported[name])
+    return _ExecuTorchBuild(results)
+
+
+def _coreml(
+    pipeline: "StableDiffusionPipeline",
+    optimized: "Optimized",
+    specs: "Mapping[str, GraphSpec]",
+    inputs: "Mapping[str, list[dict[str, NDArray[Any]]]]",
+    options: CoreMLOptions,
+    folder: Path,
+) -> CoreMLBuild:
+    """Writes the Core ML packages, checks them, and returns what came of each graph."""
+    from torch.nn import ModuleList
+
+    from cq_edge.model.graphs import EncodeGraph
+    from cq_edge.model.split_einsum import with_attention
+
+    unet = ModuleList(optimized.reference[name] for name in _UNET_GRAPHS)
+    modules = {**optimized.reference, "encode": EncodeGraph(pipeline.text_encoder)}
+    modules |= zip(_UNET_GRAPHS, with_attention(unet, options.attention), strict=True)
+    modules = {name: module.eval() for name, module in modules.items()}
+    places = export_packages(modules, specs, inputs, options, folder)
+    warning = size_warning(places["denoise"].weight_bytes, options)
+    if warning is not None:
+        print(f"cq-edge: warning: {warning}", file=sys.stderr)
+    return check_packages(optimized.reference, specs, places, inputs, options, folder)
+
+
+def _save_checks(
+    optimized: "Optimized",
+    builds: Mapping[str, _Build],
+    specs: "Mapping[str, GraphSpec]",
+    inputs: "Mapping[str, list[dict[str, NDArray[Any]]]]",
+    folder: Path,
+) -> None:
+    """Writes an early and a late set of inputs of each graph with what becomes of them."""
+    from exporters.module_graph import module_graph
+
+    checks: dict[str, list[Check]] = {}
+    for graph, spec in specs.items():
+        reference = module_graph(optimized.reference[graph], spec)
+        for arrays in (inputs[graph][0], inputs[graph][-1]):
+            exported = {
+                BACKENDS[backend]: build.run(graph, arrays) for backend, build in builds.items()
+            }
+            checks.setdefault(graph, []).append(Check(arrays, reference(arrays), exported))
+    # nothing but the graphs' files is there yet
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    seals = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    save_checks(folder / CHECKS_FILE, Checks(checks, seals))
 
 
 def _table_file(table: ReuseTable) -> str:
@@ -326,31 +525,21 @@ def _manifest(
     name: str,
     optimized: "Optimized",
     pipeline: "StableDiffusionPipeline",
-    results: Mapping[str, _GraphResult],
+    builds: Mapping[str, _Build],
     defaults: Defaults,
     tables: Sequence[ReuseTable],
     conditions: Mapping[str, str | int | float],
 ) -> Manifest:
     tokenizer = pipeline.tokenizer
+    entries = {backend: build.entries() for backend, build in builds.items()}
+    first, *others = entries
     return Manifest(
         name=name,
         cq_edge_version=__version__,
         latents=_latent_shape(pipeline),
         image_px=_image_size(pipeline),
-        graphs={
-            graph: GraphEntry(
-                file=GRAPHS_FILE,
-                method=graph,
-                backend="xnnpack",
-                inputs=result.spec.inputs,
-                outputs=result.spec.outputs,
-                parity_db=result.parity.min_db,
-                parity_floor_db=result.parity.floor_db,
-                delegated_macs_share=result.operators.delegated_macs_share,
-                delegated_ops_share=result.operators.delegated_ops_share,
-            )
-            for graph, result in results.items()
-        },
+        graphs=entries[first],
+        alternatives={BACKENDS[backend]: entries[backend] for backend in others},
         noise_schedule=optimized.noise_schedule,
         defaults=defaults,
         tokenizer=TokenizerEntry(
@@ -369,61 +558,39 @@ def _manifest(
     )
 
 
-def _unet_compression(
-    pipeline: "StableDiffusionPipeline", results: Mapping[str, _GraphResult]
-) -> float:
-    """Returns the float32 bytes of the UNet's parameters over the bytes of the weights that its
-    two graphs keep in the file."""
-    from exporters.method_bytes import together
-
-    kept = together(results[name].size for name in _UNET_GRAPHS).weights
-    return _float32_bytes(pipeline) / sum(kept.values())
-
-
 def _float32_bytes(pipeline: "StableDiffusionPipeline") -> int:
     parameters: int = sum(p.numel() for p in pipeline.unet.parameters())
     return 4 * parameters
 
 
-def _conditions(quantization: str, unet_compression: float) -> dict[str, str | int | float]:
+def _conditions(
+    quantization: str, summaries: Mapping[str, Mapping[str, Any]], packages: CoreMLOptions | None
+) -> dict[str, str | int | float]:
     from importlib.metadata import version
 
-    libraries = {name: version(name) for name in ("torch", "executorch", "torchao", "diffusers")}
-    system = {"machine": platform.machine(), "system": platform.system()}
-    return {
-        "quantization": quantization,
-        "unet_compression": round(unet_compression, 4),
-        **libraries,
-        **system,
-    }
+    names = ["torch", "diffusers"]
+    names += ["executorch", "torchao"] if "executorch" in summaries else []
+    found: dict[str, str | int | float] = {"quantization": quantization}
+    first, *_ = summaries.values()
+    found["unet_compression"] = first["unet_compression"]
+    if packages is not None:
+        names.append("coremltools")
+        found["coreml_target"], found["coreml_weights"] = packages.target, packages.weights
+        found["coreml_attention"] = packages.attention
+        found["coreml_unet_compression"] = summaries["coreml"]["unet_compression"]
+    found |= {name: version(name) for name in names}
+    return {**found, "machine": platform.machine(), "system": platform.system()}
 
 
 def _summary(
-    folder: Path, results: Mapping[str, _GraphResult], unet_compression: float, seconds: float
+    folder: Path, summaries: Mapping[str, Mapping[str, Any]], seconds: float
 ) -> dict[str, Any]:
-    """Returns what `--json` prints.
-
-    `shared_overhead` is what both UNet graphs take together, programs included, over what the
-    full graph takes alone.
-    """
-    from exporters.method_bytes import together
-
-    unet = together(results[name].size for name in _UNET_GRAPHS)
+    """Returns what `--json` prints: of the first backend, the others under "alternatives"."""
+    first, *others = summaries
     return {
         "bundle": str(folder),
-        "graphs": {
-            name: {
-                "bytes": result.size.total_bytes,
-                "parity_db": round(min(result.parity.min_db, 999.0), 2),
-                "delegated_macs_share": round(result.operators.delegated_macs_share, 5),
-                "delegated_ops_share": round(result.operators.delegated_ops_share, 5),
-                "delegates": result.operators.delegates,
-                "outside": dict(result.operators.outside),
-            }
-            for name, result in results.items()
-        },
-        "unet_compression": round(unet_compression, 4),
-        "shared_overhead": round(unet.total_bytes / results["denoise"].size.total_bytes, 5),
+        **summaries[first],
+        "alternatives": {backend: summaries[backend] for backend in others},
         "peak_memory_mib": round(_peak_memory_mib(), 1),
         "seconds": round(seconds, 1),
     }
@@ -437,25 +604,19 @@ def _peak_memory_mib() -> float:
 
 
 def _report(
-    args: argparse.Namespace, summary: Mapping[str, Any], results: Mapping[str, _GraphResult]
+    args: argparse.Namespace, summary: Mapping[str, Any], builds: Mapping[str, _Build]
 ) -> None:
     if args.json:
         print(json.dumps(summary))
         return
-    print(f"{'graph':16} {'MB':>7} {'parity dB':>10} {'floor':>6} {'MACs in':>8} {'ops in':>7}  "
-          "outside the delegate")  # fmt: skip
-    for name, result in results.items():
-        ops = result.operators
-        outside = ", ".join(f"{n} {op}" for op, n in ops.outside.items()) or "nothing"
+    first, *_ = builds
+    for backend, build in builds.items():
+        part = summary if backend == first else summary["alternatives"][backend]
+        build.report()
         print(
-            f"{name:16} {result.size.total_bytes / 1e6:7.2f} {result.parity.min_db:10.1f} "
-            f"{result.parity.floor_db:6.0f} {ops.delegated_macs_share:8.2%} "
-            f"{ops.delegated_ops_share:7.1%}  {outside}"
+            f"UNet weights {part['unet_compression']:.2f} times smaller than float32; full and "
+            f"shallow take {part['shared_overhead'] - 1:.2%} more than full alone"
         )
-    print(
-        f"UNet weights {summary['unet_compression']:.2f} times smaller than float32; full and "
-        f"shallow take {summary['shared_overhead'] - 1:.2%} more than full alone"
-    )
     print(
         f"{args.output}: built in {summary['seconds']:.0f} s, "
         f"{summary['peak_memory_mib']:.0f} MiB at most"

@@ -71,10 +71,17 @@ def _load_evaluate() -> Command:
     return evaluate
 
 
+def _load_verify() -> Command:
+    from apps import verify
+
+    return verify
+
+
 _COMMANDS = {
     "build": _Entry("turn a pipeline into a bundle", _load_build),
     "plan": _Entry("choose which steps run the full graph, for a budget of time", _load_plan),
     "generate": _Entry("make pictures from a bundle", _load_generate),
+    "verify": _Entry("check a bundle's files and graphs again", _load_verify),
     "evaluate": _Entry("compare speed, size and quality with float32", _load_evaluate),
 }
 

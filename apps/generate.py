@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from apps.engines import engine_for
+from apps.engines import BACKENDS, engine_for, has_coreml
 from apps.pictures import check_writable, output_paths, side_by_side, write_png
 from apps.plan_option import PLAN_HELP, choose_schedule
 from cq_edge.cache_schedule import CacheSchedule
@@ -44,7 +44,8 @@ examples:
   cq-edge generate demo "a white cross" --plan full            every step runs the full graph
   cq-edge generate demo "a white cross" --plan full-steps:10   the 10 best places for it
   cq-edge generate demo "a white cross" --budget-ms 500        the best picture by then
-  cq-edge generate demo "a white cross" --compare-full         how much time, which picture?"""
+  cq-edge generate demo "a white cross" --compare-full         how much time, which picture?
+  cq-edge generate demo "a white cross" --engine coreml        with the Core ML graphs"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,6 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, metavar="PATH", help="a .png file, or a folder (default: a "
         "name made of the prompt, here)")  # fmt: skip
     add("--force", action="store_true", help="replace files that exist")
+    add("--engine", choices=tuple(BACKENDS), help="which of the bundle's backends runs; off macOS, "
+        "coreml is a slow reference interpreter (default: the bundle's first)")  # fmt: skip
     add("--threads", type=_at_least(1), metavar="N", help="(default: one per core)")
     add("--compare-full", action="store_true", help="also run the full graph at every step from "
         "the same seed; show both times, and both pictures side by side")  # fmt: skip
@@ -118,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         CQEdgeError: Nothing, or not everything, could be made; no file is half written.
     """
     start = perf_counter()
-    bundle = open_bundle(args.bundle)
+    bundle = _opened(args.bundle, args.engine)
     recipe = _recipe(bundle, args)
     jobs = _jobs(args)
     paths = [path for job in jobs for path in (job.path, job.beside_path) if path is not None]
@@ -131,6 +134,19 @@ def run(args: argparse.Namespace) -> int:
     total_ms = (perf_counter() - start) * 1e3
     _report(args, recipe, jobs, done, total_ms)
     return 0
+
+
+def _opened(folder: Path, engine: str | None) -> Bundle:
+    """Returns the bundle for the engine that is asked for, and warns where it will be slow."""
+    bundle = open_bundle(folder)
+    if engine is not None:
+        bundle = bundle.for_backend(BACKENDS[engine])
+    if bundle.manifest.graph("denoise").backend == "coreml" and not has_coreml():
+        _warn(
+            "this system has no Core ML: a reference interpreter runs the graphs, many times "
+            "slower than any device"
+        )
+    return bundle
 
 
 @dataclass(frozen=True, slots=True)

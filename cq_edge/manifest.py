@@ -63,15 +63,16 @@ class GraphEntry:
     """One exported program and what its check found.
 
     Attributes:
-        file: Relative path of the file that holds the program.
-        method: The program's name in that file.
-        backend: Engine and delegate it was made for, e.g. "xnnpack".
+        file: Relative path of the file, or of the `.mlpackage` folder, that holds the program.
+        method: The program's name in it.
+        backend: Engine and delegate it was made for: "xnnpack" or "coreml".
         inputs: In call order.
         outputs: In return order.
         parity_db: Smallest signal-to-error ratio against the float module over the checked
             inputs, dB; infinity becomes `EXACT_PARITY_DB`.
         parity_floor_db: The ratio below which the build would have failed, dB.
-        delegated_macs_share: Share of the multiply-adds inside the delegate, 0 to 1.
+        delegated_macs_share: Share of the multiply-adds inside the delegate, 0 to 1; Core ML
+            takes programs whole.
         delegated_ops_share: Share of the operators inside the delegate, 0 to 1.
     """
 
@@ -200,6 +201,8 @@ class Manifest:
         defaults: What `generate` does unless told otherwise.
         tokenizer: The vocabulary's files.
         reuse_tables: One for each calibrated (noise scheduler, steps).
+        alternatives: The same graphs, with the same inputs and outputs, for other backends, by
+            backend.
         conditions: How it was built: versions, quantisation, machine.
         files: Every file of the folder but the manifest, by relative path; `write_manifest`
             fills it in.
@@ -215,6 +218,7 @@ class Manifest:
     defaults: Defaults
     tokenizer: TokenizerEntry
     reuse_tables: tuple[ReuseTableEntry, ...] = ()
+    alternatives: Mapping[str, Mapping[str, GraphEntry]] = field(default_factory=dict)
     conditions: Mapping[str, str | int | float] = field(default_factory=dict)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
@@ -226,10 +230,17 @@ class Manifest:
             _require_inside(path, f'files["{path}"]')
         for where, path in self.references().items():
             _require_inside(path, where)
+        for backend, graphs in self.alternatives.items():
+            self._check_alternative(backend, graphs)
 
     def references(self) -> dict[str, str]:
         """Returns every path that the manifest mentions outside `files`, by its key."""
         paths = {f"graphs.{name}.file": graph.file for name, graph in self.graphs.items()}
+        paths |= {
+            f"alternatives.{backend}.{name}.file": graph.file
+            for backend, graphs in self.alternatives.items()
+            for name, graph in graphs.items()
+        }
         paths["tokenizer.vocab"] = self.tokenizer.vocab
         paths["tokenizer.merges"] = self.tokenizer.merges
         paths |= {f"reuse_tables[{i}].file": t.file for i, t in enumerate(self.reuse_tables)}
@@ -245,6 +256,47 @@ class Manifest:
             there_are = ", ".join(self.graphs) or "none"
             raise BundleError(f"the bundle has no graph {name}: it has {there_are}")
         return self.graphs[name]
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends that the bundle has graphs for, its first choice first."""
+        first = {graph.backend: None for graph in self.graphs.values()}
+        return (*first, *self.alternatives)
+
+    def for_backend(self, backend: str) -> Self:
+        """Returns the manifest as if the bundle had been built for this backend alone.
+
+        Raises:
+            BundleError: It has no graphs for it; the message lists those it has.
+        """
+        if backend in self.alternatives:
+            return replace(self, graphs=self.alternatives[backend], alternatives={})
+        if backend not in self.backends:
+            has = " and ".join(self.backends)
+            raise BundleError(
+                f"the bundle has no graphs for {backend}: it has some for {has}; "
+                "`cq-edge build --backend executorch,coreml` makes both"
+            )
+        return replace(self, alternatives={})
+
+    def _check_alternative(self, backend: str, graphs: Mapping[str, GraphEntry]) -> None:
+        """Refuses other graphs, or graphs of another shape, under the name of a backend."""
+        if {graph.backend for graph in graphs.values()} - {backend}:
+            raise BundleError(f"alternatives.{backend} holds a graph of another backend")
+        if backend in {graph.backend for graph in self.graphs.values()}:
+            raise BundleError(f'alternatives.{backend} is the backend of "graphs" already')
+        if graphs.keys() != self.graphs.keys():
+            listed, there_are = ", ".join(graphs), ", ".join(self.graphs)
+            raise BundleError(f"alternatives.{backend} has {listed}: it must have {there_are}")
+        for name, graph in graphs.items():
+            if (graph.inputs, graph.outputs) != (
+                self.graphs[name].inputs,
+                self.graphs[name].outputs,
+            ):
+                raise BundleError(
+                    f"alternatives.{backend}.{name} takes or returns something else than "
+                    f"graphs.{name}: inputs and outputs must be the same"
+                )
 
     def to_json(self) -> str:
         """Returns the text of `manifest.json`: `format_version` first, then the fields in order.
@@ -277,7 +329,7 @@ class Manifest:
         except CQEdgeError as error:
             raise BundleError(f"{source}: {error}") from None
         for where, path in manifest.references().items():
-            if path not in manifest.files:
+            if not _is_listed(path, manifest.files):
                 raise BundleError(f'{source}: {where} is "{path}", which "files" does not list')
         return manifest
 
@@ -301,7 +353,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         raise OutputExistsError(f"{target} exists: delete it, or write to another folder")
     manifest = replace(manifest, files=_digest_folder(folder))
     for where, path in manifest.references().items():
-        if path not in manifest.files:
+        if not _is_listed(path, manifest.files):
             raise BundleError(f'{where} is "{path}", but {folder} has no such file')
     unfinished = target.with_suffix(".json.part")
     unfinished.write_text(manifest.to_json(), encoding="utf-8")
@@ -341,7 +393,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         _check_size(folder, relative, entry)
         path = folder / relative
         try:
-            found = _sha256(path)
+            found = file_sha256(path)
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error}") from None
         if found != entry.sha256:
@@ -370,6 +422,11 @@ def _check_size(folder: Path, relative: str, entry: FileEntry) -> None:
         )
 
 
+def _is_listed(path: str, files: Mapping[str, FileEntry]) -> bool:
+    """Returns whether a path is one of the files, or a folder that holds some."""
+    return path in files or any(file.startswith(f"{path}/") for file in files)
+
+
 def _digest_folder(folder: Path) -> dict[str, FileEntry]:
     entries = {}
     for path in sorted(folder.rglob("*")):
@@ -378,11 +435,12 @@ def _digest_folder(folder: Path) -> dict[str, FileEntry]:
             continue
         if not path.resolve().is_relative_to(folder.resolve()):
             raise BundleError(f"{path} is a link out of the bundle: put the file itself there")
-        entries[relative] = FileEntry(path.stat().st_size, _sha256(path))
+        entries[relative] = FileEntry(path.stat().st_size, file_sha256(path))
     return entries
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's content, 64 lower-case hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_HASH_CHUNK_BYTES):

@@ -121,21 +121,6 @@ def tensor_function(
     return run
 
 
-def module_graph(
-    module: nn.Module, spec: GraphSpec
-) -> Callable[[Arrays], dict[str, NDArray[np.generic]]]:
-    """Returns a module as the same kind of function, the reference of `check_parity`."""
-
-    @torch.no_grad()
-    def run(arrays: Arrays) -> dict[str, NDArray[np.generic]]:
-        outputs = module(*(torch.from_numpy(np.asarray(arrays[i.name])) for i in spec.inputs))
-        if isinstance(outputs, Tensor):
-            outputs = (outputs,)
-        return {o.name: t.numpy() for o, t in zip(spec.outputs, outputs, strict=True)}
-
-    return run
-
-
 class _SelfCatConfig(CatConfig):  # type: ignore[misc]
     """Also takes a concatenation of a tensor with itself, which is nearest upsampling."""
 

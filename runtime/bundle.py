@@ -1,7 +1,8 @@
 """Opens a bundle's folder: what it holds, checked before anything runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from cq_edge.errors import BundleError
 from cq_edge.manifest import Manifest, read_manifest, verify_files
@@ -19,6 +20,14 @@ class Bundle:
     def path(self, relative: str) -> Path:
         """Returns where one of the manifest's files lies."""
         return self.folder / relative
+
+    def for_backend(self, backend: str) -> Self:
+        """Returns the bundle as if it had been built for this backend alone.
+
+        Raises:
+            BundleError: It has no graphs for it.
+        """
+        return replace(self, manifest=self.manifest.for_backend(backend))
 
     def calibrated(self) -> tuple[tuple[str, int], ...]:
         """Returns the (noise scheduler, sampler steps) pairs that have a reuse table."""

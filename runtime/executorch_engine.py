@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cq_edge.errors import BundleError, UsageError
-from cq_edge.manifest import GraphEntry, TensorSpec
+from cq_edge.manifest import GraphEntry
 from runtime.bundle import Bundle
+from runtime.graph_arrays import check_inputs, named_outputs
 
 
 class ExecuTorchEngine:
@@ -71,7 +72,7 @@ class ExecuTorchEngine:
                 manifest says.
         """
         entry = self._entry(graph)
-        _check_inputs(graph, entry, inputs)
+        check_inputs(graph, entry, inputs)
         self.load(graph)
         import torch
 
@@ -81,13 +82,7 @@ class ExecuTorchEngine:
         except RuntimeError as error:
             raise BundleError(f"{entry.file}: {entry.method!r} failed: {error}") from error
         outputs = [tensor.numpy() for tensor in results]
-        if len(outputs) != len(entry.outputs) or not all(map(_fits, outputs, entry.outputs)):
-            found = ", ".join(_describe(array) for array in outputs)
-            expected = ", ".join(_describe_spec(spec) for spec in entry.outputs)
-            raise BundleError(
-                f"{entry.file}: {entry.method!r} gave {found}, but the manifest says {expected}"
-            )
-        return {spec.name: array for spec, array in zip(entry.outputs, outputs, strict=True)}
+        return named_outputs(entry, outputs)
 
     def unload(self, graph: str) -> None:
         """Frees a graph, where it is loaded."""
@@ -122,29 +117,6 @@ def _library() -> ModuleType:
 def _without_chatter() -> redirect_stderr[io.StringIO]:
     """Silences the extension's log of the processor it finds; its errors are exceptions."""
     return redirect_stderr(io.StringIO())
-
-
-def _check_inputs(graph: str, entry: GraphEntry, inputs: Mapping[str, NDArray[Any]]) -> None:
-    if inputs.keys() != {spec.name for spec in entry.inputs}:
-        names = ", ".join(spec.name for spec in entry.inputs)
-        raise UsageError(f"graph {graph!r} takes {names}; it was given {', '.join(inputs)}")
-    for spec in entry.inputs:
-        array = inputs[spec.name]
-        if not _fits(array, spec):
-            found, expected = _describe(array), _describe_spec(spec)
-            raise UsageError(f"graph {graph!r} takes {spec.name} as {expected}, not {found}")
-
-
-def _fits(array: NDArray[Any], spec: TensorSpec) -> bool:
-    return array.shape == spec.shape and array.dtype == spec.dtype
-
-
-def _describe(array: NDArray[Any]) -> str:
-    return f"{array.shape} {array.dtype}"
-
-
-def _describe_spec(spec: TensorSpec) -> str:
-    return f"{tuple(spec.shape)} {spec.dtype}"
 
 
 def _writable(array: NDArray[Any]) -> NDArray[Any]:

@@ -63,8 +63,9 @@ class Optimized:
     """The float modules, and what becomes files.
 
     `reference` and `edge` hold the same four graphs by name: the pipeline's own float
-    modules, and the rewritten, quantised ones that are exported. `feature_channels` is the C of
-    the cached feature, `consumed_channels` those of the layers that consume it.
+    modules, and the rewritten, quantised ones that ExecuTorch exports (none of `float_graphs`).
+    `feature_channels` is the C of the cached feature, `consumed_channels` those of the layers
+    that consume it.
     """
 
     reference: dict[str, nn.Module]
@@ -96,22 +97,29 @@ def optimize(
         chosen = _four_bits(pipeline, config, both[0], on_layer)
         both = quantize_for_xnnpack(both, four_bits={f"0.{name}" for name in chosen})
     edge_full, edge_shallow = both
-    decode = DecodeGraph(pipeline.vae)
-    reference: dict[str, nn.Module] = {
-        "encode": _FirstOutput(pipeline.text_encoder),
-        "denoise": full,
-        "denoise_shallow": shallow,
-        "decode": decode,
-    }
+    reference = _reference(pipeline, full, shallow)
     edge: dict[str, nn.Module] = {
         "encode": rewrite_for_xnnpack(EncodeGraph(pipeline.text_encoder)),
         "denoise": edge_full,
         "denoise_shallow": edge_shallow,
-        "decode": rewrite_for_xnnpack(decode),
+        "decode": rewrite_for_xnnpack(reference["decode"]),
     }
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
     channels = (shallow.feature_channels, shallow.consumed_channels)
     return Optimized(reference, edge, noise_schedule, *channels)
+
+
+def float_graphs(pipeline: StableDiffusionPipeline, config: OptimizeConfig) -> Optimized:
+    """Splits a pipeline and leaves it as it is, for a toolchain that compresses weights itself.
+
+    Raises:
+        ModelError: If the UNet cannot be split.
+    """
+    full, shallow = split_unet(pipeline.unet, config.shallow_layers)
+    noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
+    reference = _reference(pipeline, full, shallow)
+    channels = (shallow.feature_channels, shallow.consumed_channels)
+    return Optimized(reference, {}, noise_schedule, *channels)
 
 
 def calibrate(
@@ -140,7 +148,8 @@ def calibrate(
     """
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
     prompts, shape = embed_prompts(pipeline, config.prompts), _latents_shape(pipeline)
-    shipped, exact = (half["denoise_shallow"] for half in (optimized.edge, optimized.reference))
+    exact = optimized.reference["denoise_shallow"]
+    shipped = optimized.edge.get("denoise_shallow", exact)
     consumers = Consumers(cast(ShallowUNet, shipped).consumed, cast(ShallowUNet, exact).consumed)
     calibrations: list[Calibration] = []
     own: tuple[Tensor, ...] | None = None
@@ -191,6 +200,17 @@ def parity_inputs(
         "denoise": full,
         "denoise_shallow": shallow,
         "decode": [{"latents": latents} for latents in calibration.final_latents],
+    }
+
+
+def _reference(
+    pipeline: StableDiffusionPipeline, full: nn.Module, shallow: nn.Module
+) -> dict[str, nn.Module]:
+    return {
+        "encode": _FirstOutput(pipeline.text_encoder),
+        "denoise": full,
+        "denoise_shallow": shallow,
+        "decode": DecodeGraph(pipeline.vae),
     }
 
 

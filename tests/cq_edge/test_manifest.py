@@ -408,3 +408,75 @@ def test_a_graph_is_found_by_name_or_the_names_are_listed():
     message = "the bundle has no graph upscale: it has encode, denoise, denoise_shallow, decode"
     with pytest.raises(BundleError, match=f"^{message}$"):
         manifest().graph("upscale")
+
+
+PACKAGE = "Unet.mlpackage/Data/weight.bin"
+
+
+def with_coreml(folder):
+    """A manifest of both backends; their files lie in `folder`."""
+    (folder / PACKAGE).parent.mkdir(parents=True)
+    (folder / PACKAGE).write_bytes(b"weights")
+    first = manifest().graphs
+    others = {n: replace(g, file="Unet.mlpackage", backend="coreml") for n, g in first.items()}
+    return manifest(alternatives={"coreml": others})
+
+
+def test_a_bundle_of_two_backends_reads_as_either(bundle):
+    written = write_manifest(bundle, with_coreml(bundle))
+    found = read_manifest(bundle)
+    assert found == written
+    assert PACKAGE in found.files
+    assert found.backends == ("xnnpack", "coreml")
+    coreml = found.for_backend("coreml")
+    assert coreml.graph("denoise").file == "Unet.mlpackage"
+    assert coreml.backends == ("coreml",)
+    assert found.for_backend("xnnpack").graphs == found.graphs
+
+
+def test_a_backend_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(BundleError) as caught:
+        manifest().for_backend("coreml")
+    assert str(caught.value) == (
+        "the bundle has no graphs for coreml: it has some for xnnpack; `cq-edge build --backend "
+        "executorch,coreml` makes both"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda g: {"coreml": {**g, "decode": replace(g["decode"], backend="xnnpack")}},
+            "alternatives.coreml holds a graph of another backend",
+        ),
+        (
+            lambda g: {"xnnpack": {n: replace(e, backend="xnnpack") for n, e in g.items()}},
+            'alternatives.xnnpack is the backend of "graphs" already',
+        ),
+        (
+            lambda g: {"coreml": {"decode": g["decode"]}},
+            "alternatives.coreml has decode: it must have encode, denoise, denoise_shallow, decode",
+        ),
+        (
+            lambda g: {"coreml": {**g, "decode": replace(g["decode"], outputs=())}},
+            "alternatives.coreml.decode takes or returns something else than graphs.decode: "
+            "inputs and outputs must be the same",
+        ),
+    ],
+)
+def test_alternatives_that_are_not_the_same_graphs_are_refused(bundle, change, message):
+    graphs = with_coreml(bundle).alternatives["coreml"]
+    with pytest.raises(BundleError) as caught:
+        manifest(alternatives=change(graphs))
+    assert str(caught.value) == message
+
+
+def test_a_package_that_is_not_there_is_refused(bundle):
+    whole = with_coreml(bundle)
+    (bundle / PACKAGE).unlink()
+    with pytest.raises(BundleError) as caught:
+        write_manifest(bundle, whole)
+    assert str(caught.value) == (
+        f'alternatives.coreml.encode.file is "Unet.mlpackage", but {bundle} has no such file'
+    )

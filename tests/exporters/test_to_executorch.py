@@ -12,8 +12,9 @@ from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import split_unet
 from exporters.graph_spec import GraphSpec, graph_specs
 from exporters.method_bytes import method_bytes, together
+from exporters.module_graph import module_graph
 from exporters.parity import check_parity
-from exporters.to_executorch import export_executorch, load_graph, module_graph
+from exporters.to_executorch import export_executorch, load_graph
 from tests.model.tiny_models import step_inputs, tiny_text, tiny_unet, tiny_vae
 
 SPECS = graph_specs(

@@ -11,8 +11,9 @@ from cq_edge.errors import ParityError
 from cq_edge.manifest import TensorSpec
 from cq_edge.model.quantize import Int8Conv2d
 from exporters.graph_spec import GraphSpec
+from exporters.module_graph import module_graph
 from exporters.parity import check_parity
-from exporters.to_executorch import load_graph, module_graph
+from exporters.to_executorch import load_graph
 from exporters.xnnpack_mend import mended_channels_last_pass
 
 SPEC = GraphSpec(

@@ -20,12 +20,12 @@ def tiny_unet(**changes: object) -> UNet2DConditionModel:
         "attention_head_dim": [2, 4],
         "norm_num_groups": 4,
     }
-    return _lively(UNet2DConditionModel(**{**settings, **changes}).eval())
+    return lively(UNet2DConditionModel(**{**settings, **changes}).eval())
 
 
 def tiny_vae(*, attention: bool = True) -> AutoencoderKL:
     torch.manual_seed(0)
-    return _lively(
+    return lively(
         AutoencoderKL(
             block_out_channels=(8, 16),
             down_block_types=("DownEncoderBlock2D",) * 2,
@@ -50,7 +50,7 @@ def tiny_text(activation: str = "quick_gelu") -> CLIPTextModel:
         max_position_embeddings=77,
         hidden_act=activation,
     )
-    return _lively(CLIPTextModel(config).eval())
+    return lively(CLIPTextModel(config).eval())
 
 
 def step_inputs(size: int = 8, width: int = 24) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +67,7 @@ def no_correction(shallow: ShallowUNet) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _lively(model):
+def lively(model):
     """Moves norms away from weight 1 and bias 0, where a dropped affine part would not show."""
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():

@@ -1,0 +1,73 @@
+"""`python -m benchmarks.coreml_sizes`: what the Core ML UNet takes in each weight format.
+
+Exports both UNet graphs and reads the sizes from the files: the full graph alone, both as
+functions of one package, both as packages of their own.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from apps.quiet import quiet_toolchains
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+_WEIGHTS = ("float16", "int8", "int4", "palette6")
+
+
+def main() -> int:
+    """Prints the table as Markdown and returns the exit code 0."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", help="a diffusers folder (default: the demo model)")
+    args = parser.parse_args()
+    with quiet_toolchains():
+        from cq_edge.model.load import load_pipeline
+
+        pipeline = load_pipeline(args.model)
+    float32 = 4 * sum(parameter.numel() for parameter in pipeline.unet.parameters())
+    print("| weights | full alone, bytes | both in one | one over full alone | separate | "
+          "float32 over both |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- |")
+    for weights in _WEIGHTS:
+        print(f"{weights}…", file=sys.stderr)
+        full, shallow, both = _sizes(pipeline, weights)
+        print(
+            f"| {weights} | {full:,} | {both:,} | {both / full - 1:+.2%} | {full + shallow:,} | "
+            f"{float32 / both:.2f} |",
+            flush=True,
+        )
+    return 0
+
+
+def _sizes(pipeline: "StableDiffusionPipeline", weights: str) -> tuple[int, int, int]:
+    """Returns the bytes of the weight files of the full graph, the shallow graph and both."""
+    with quiet_toolchains():
+        from cq_edge.model.split import split_unet
+        from exporters.coreml_weights import compress_weights
+        from exporters.graph_spec import graph_specs
+        from exporters.to_coreml import UNET_GRAPHS, export_coreml, weight_bytes
+
+    config = pipeline.unet.config
+    graphs = split_unet(pipeline.unet)
+    latents = (config.in_channels, config.sample_size, config.sample_size)
+    pixels = config.sample_size * pipeline.vae_scale_factor
+    shallow = graphs[1]
+    channels = (shallow.feature_channels, shallow.consumed_channels)
+    specs = graph_specs(latents, (pixels, pixels), config.cross_attention_dim, *channels)
+    modules = dict(zip(UNET_GRAPHS, graphs, strict=True))
+
+    def compress(model: object) -> object:
+        return model if weights == "float16" else compress_weights(model, lambda _weight: weights)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        places = export_coreml(modules, specs, Path(scratch), "ios18", compress)
+        both = weight_bytes(Path(scratch) / places["denoise"].package)
+    full, shallow = (places[name].weight_bytes for name in UNET_GRAPHS)
+    return full, shallow, both
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""Core ML bundles of a tiny pipeline: built once, verified, tampered with, drawn with."""
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+from itertools import pairwise
+
+import coremltools as ct
+import numpy as np
+import pytest
+from PIL import Image
+
+from apps.build_coreml import CoreMLOptions, size_warning
+from apps.cli import main
+from cq_edge.manifest import MANIFEST_FILE, read_manifest
+from cq_edge.metrics import psnr_db
+from tests.tiny_pipeline import save_tiny_pipeline
+
+_PROMPT = "a red star"
+_MODEL = "Unet.mlpackage/Data/com.apple.CoreML/model.mlmodel"
+_WEIGHTS = "Unet.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+
+
+def _build(folder, *words):
+    (folder / "prompts.txt").write_text(f"{_PROMPT}\n")
+    model, printed = save_tiny_pipeline(folder / "model"), io.StringIO()
+    usual = ["--steps", "4", "--scheduler", "ddim", "--max-gap", "2", "--json"]
+    with contextlib.redirect_stdout(printed):
+        code = main(["build", str(model), "-o", str(folder / "bundle"), *usual, "--prompts",
+                     str(folder / "prompts.txt"), *words])  # fmt: skip
+    assert code == 0
+    return folder / "bundle", json.loads(printed.getvalue().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A Core ML bundle, and what --json printed."""
+    return _build(tmp_path_factory.mktemp("coreml"), "--backend", "coreml")
+
+
+@pytest.fixture
+def copy(built, tmp_path):
+    return shutil.copytree(built[0], tmp_path / "copy")
+
+
+def _verify(capsys, folder):
+    code = main(["verify", str(folder)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def _seal(folder):
+    """Makes the manifest's digests those of the files as they are."""
+    path = folder / MANIFEST_FILE
+    content = json.loads(path.read_text())
+    for relative, entry in content["files"].items():
+        data = (folder / relative).read_bytes()
+        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path.write_text(json.dumps(content))
+
+
+def _flip(path, share, bits):
+    data = bytearray(path.read_bytes())
+    data[int(share * len(data))] ^= bits
+    path.write_bytes(data)
+
+
+def _damage(package):
+    """Inverts the largest weight of the package's full graph."""
+    function = ct.utils.load_spec(str(package)).mlProgram.functions["denoise"]
+    offsets = set()
+    for operation in function.block_specializations[function.opset].operations:
+        bindings = [b for given in operation.inputs.values() for b in given.arguments]
+        values = [*operation.attributes.values(), *(binding.value for binding in bindings)]
+        stored = [v for v in values if v.WhichOneof("value") == "blobFileValue"]
+        offsets |= {value.blobFileValue.offset for value in stored}
+    size, start = max((b - a, a) for a, b in pairwise(sorted(offsets)))
+    path = package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    data = bytearray(path.read_bytes())
+    data[start + 64 : start + size] = bytes(255 - byte for byte in data[start + 64 : start + size])
+    path.write_bytes(data)
+
+
+def test_the_bundle_is_small_shares_its_weights_and_passes_its_floors(built):
+    folder, result = built
+    assert result["unet_compression"] >= 4.0
+    assert result["shared_overhead"] <= 1.03
+    manifest = read_manifest(folder)
+    assert manifest.backends == ("coreml",)
+    floors = {name: entry.parity_floor_db for name, entry in manifest.graphs.items()}
+    assert floors == {"encode": 45, "denoise": 28, "denoise_shallow": 28, "decode": 45}
+    for name, entry in manifest.graphs.items():
+        assert entry.parity_db >= entry.parity_floor_db
+        assert result["graphs"][name]["parity_db"] == pytest.approx(entry.parity_db, abs=0.01)
+    assert {path.split("/")[0] for path in manifest.files} >= {
+        "TextEncoder.mlpackage", "Unet.mlpackage", "VAEDecoder.mlpackage", "checks.npz",
+    }  # fmt: skip
+
+
+def test_a_bundle_as_it_was_built_verifies(built, capsys):
+    code, out, err = _verify(capsys, built[0])
+    assert code == 0, err
+    assert out.splitlines()[0] == "every file is what the manifest says"
+    assert sum(line.startswith("coreml") for line in out.splitlines()) == 4
+    assert "WRONG" not in out
+
+
+def test_a_flipped_weight_bit_is_caught_by_its_digest(copy, capsys):
+    _flip(copy / _WEIGHTS, 0.5, 0x80)
+    code, _, err = _verify(capsys, copy)
+    assert code == 1
+    assert "weight.bin was changed after the bundle was written" in err
+
+
+@pytest.mark.parametrize("bits", [0x80, 0x01])
+def test_a_flipped_bit_is_caught_though_the_manifest_was_made_to_match(copy, capsys, bits):
+    _flip(copy / _WEIGHTS, 0.4, bits)
+    _seal(copy)
+    code, _, err = _verify(capsys, copy)
+    assert code == 1
+    assert "weight.bin is not the file that was run when the bundle was built" in err
+
+
+def test_damaged_weights_are_caught_by_what_the_graph_computes(copy, capsys):
+    _damage(copy / "Unet.mlpackage")
+    _seal(copy)
+    code, out, err = _verify(capsys, copy)
+    assert code == 1
+    assert "WRONG" in out
+    assert "graph denoise (coreml) computes something else than" in err
+
+
+def test_swapped_inputs_are_caught_by_what_the_graph_computes(copy, capsys):
+    spec = ct.utils.load_spec(str(copy / "Unet.mlpackage"))
+    function = spec.mlProgram.functions["denoise_shallow"]
+    other = {"gain": "bias", "bias": "gain"}
+    for operation in function.block_specializations[function.opset].operations:
+        for argument in operation.inputs.values():
+            for binding in argument.arguments:
+                if binding.WhichOneof("binding") == "name":
+                    binding.name = other.get(binding.name, binding.name)
+    (copy / _MODEL).write_bytes(spec.SerializeToString())
+    _seal(copy)
+    code, _, err = _verify(capsys, copy)
+    assert code == 1
+    assert "graph denoise_shallow (coreml) computes something else than its float module" in err
+
+
+def test_a_bundle_without_checks_says_so(copy, capsys):
+    (copy / "checks.npz").unlink()
+    content = json.loads((copy / MANIFEST_FILE).read_text())
+    del content["files"]["checks.npz"]
+    (copy / MANIFEST_FILE).write_text(json.dumps(content))
+    code, _, err = _verify(capsys, copy)
+    assert code == 1
+    assert "checks.npz is missing: without it nothing can be verified" in err
+
+
+def test_generate_runs_the_packages_and_says_that_it_is_slow(built, tmp_path, capsys):
+    words = ["generate", str(built[0]), _PROMPT, "--engine", "coreml", "--seed", "3"]
+    for name in ("a.png", "b.png"):
+        assert main([*words, "-o", str(tmp_path / name)]) == 0
+    assert "a reference interpreter runs the graphs, many times slower" in capsys.readouterr().err
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert Image.open(tmp_path / "a.png").size == (16, 16)
+
+
+def test_an_engine_that_the_bundle_is_not_for_is_refused(built, capsys):
+    assert main(["generate", str(built[0]), _PROMPT, "--engine", "executorch"]) == 1
+    assert "the bundle has no graphs for xnnpack: it has some for coreml" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_both_backends_make_the_same_picture_of_one_bundle(tmp_path, capsys):
+    folder, result = _build(tmp_path, "--backend", "executorch,coreml", "--quantization", "none")
+    assert set(result["alternatives"]) == {"coreml"}
+    assert _verify(capsys, folder)[0] == 0
+    pictures = []
+    for engine in ("executorch", "coreml"):
+        path = tmp_path / f"{engine}.png"
+        words = ["--engine", engine, "-o", str(path), "--seed", "3"]
+        assert main(["generate", str(folder), _PROMPT, *words]) == 0
+        pictures.append(np.asarray(Image.open(path)))
+    assert psnr_db(*pictures) > 40
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ("--coreml-weights", "int4", "--coreml-target", "ios17"),
+            "--coreml-weights int4 needs --coreml-target ios18: iOS 17 cannot express it; there, "
+            "take palette4 (two packages, Unet and UnetShallow)",
+        ),
+        (
+            ("--coreml-weights", "int8", "--compression", "6"),
+            "--compression is for --coreml-weights mixed: int8 weights have one size only",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(tmp_path, capsys, words, sentence):
+    assert main(["build", "-o", str(tmp_path / "out"), "--backend", "coreml", *words]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"cq-edge: error: {sentence}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backend_that_is_none_is_refused(tmp_path, capsys):
+    assert main(["build", "-o", str(tmp_path / "out"), "--backend", "coreml,tflite"]) == 2
+    assert "'coreml,tflite' is none of executorch, coreml" in capsys.readouterr().err
+
+
+def test_a_weight_file_that_the_neural_engine_refuses_is_warned_of_with_the_cure():
+    gib = 1 << 30
+    half = CoreMLOptions("ios18", "float16", 4.0)
+    assert size_warning(2 * gib, half) is None
+    assert size_warning(3 * gib, half) == (
+        "the Core ML UNet's weight file has 3.00 GiB: the Neural Engine refuses more than 2 GiB on "
+        "ios18; build with --compression 4"
+    )
+    old = size_warning(3 * gib // 2, CoreMLOptions("ios17", "mixed", 4.0))
+    assert old is not None
+    assert old.endswith("refuses more than 1 GiB on ios17; build with --compression 8")
