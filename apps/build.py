@@ -423,7 +423,7 @@ def _calibrate(
 
     if not (folder / GRAPHS_FILE).exists():
         float_full, float_shallow = (optimized.reference[name] for name in _UNET_GRAPHS)
-        return calibrate(pipeline, config, float_full, float_full, float_shallow, on_step)
+        return calibrate(pipeline, config, optimized, float_full, float_shallow, on_step)
     from exporters.to_executorch import load_graph, tensor_function
 
     full, shallow = (

@@ -115,7 +115,7 @@ def test_ios17_gets_a_package_for_each_graph_that_computes_the_same(tmp_path):
 def test_float16_does_not_blur_neighbouring_timesteps(tmp_path):
     unet = tiny_unet(**_UNET)
     time = TimeEmbedding(unet.time_proj, nn.Identity()).eval()
-    full = graph_specs((4, 8, 8), (16, 16), 32, 16)["denoise"]
+    full = graph_specs((4, 8, 8), (16, 16), 32, 16, 32)["denoise"]
     spec = type(full)("time", full.inputs[1:2], (full.outputs[0],))
     export_coreml({"decode": time}, {"decode": spec}, tmp_path)
     run = read_functions(tmp_path / "VAEDecoder.mlpackage")["main"].run
