@@ -1,10 +1,10 @@
 """Keeps the toolchains' own chatter off the screen; errors still raise."""
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from cq_edge.quiet import without_chatter
 
 
 @contextmanager
@@ -12,15 +12,9 @@ def quiet_toolchains() -> Iterator[None]:
     """Silences logs below error, warnings and progress bars of torch's, transformers',
     diffusers' and torchao's loading within the context."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _hide_progress_bars()
-            yield
-    finally:
-        logging.disable(before)
+    with without_chatter():
+        _hide_progress_bars()
+        yield
 
 
 def _hide_progress_bars() -> None:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from apps.engines import ENGINES
 from cq_edge.checks import CHECKS_FILE, Check, load_checks
 from cq_edge.errors import BundleError, CQEdgeError
-from cq_edge.manifest import file_sha256
 from cq_edge.metrics import sqnr_db
 from runtime.bundle import Bundle, open_bundle
 from runtime.coreml_reference_engine import CoreMLReferenceEngine
@@ -86,9 +85,7 @@ def run(args: argparse.Namespace) -> int:
 def _verdicts(
     bundle: Bundle, backend: str, checks: Mapping[str, Sequence[Check]]
 ) -> Iterator[_Verdict]:
-    engine = (
-        CoreMLReferenceEngine(bundle) if backend == "coreml" else ENGINES[backend](bundle, None)
-    )
+    engine = _engine(bundle, backend)
     for graph, entry in bundle.manifest.graphs.items():
         if not checks.get(graph):
             raise BundleError(f"{CHECKS_FILE} has no inputs for graph {graph}: build again")
@@ -106,7 +103,8 @@ def _verdicts(
 
 
 def _broken_seals(bundle: Bundle, seals: Mapping[str, str]) -> list[str]:
-    """Returns what is wrong with the graphs' files, whatever the manifest says of them."""
+    """Returns which of the graphs' files are not those that were run, though they are what the
+    manifest says: `open_bundle` has held every file against that."""
     graphs = [entry.file for name in bundle.manifest.backends
               for entry in bundle.for_backend(name).manifest.graphs.values()]  # fmt: skip
     belong = [
@@ -117,7 +115,7 @@ def _broken_seals(bundle: Bundle, seals: Mapping[str, str]) -> list[str]:
     return [
         f"{file} is not the file that was run when the bundle was built"
         for file in belong
-        if seals.get(file) != file_sha256(bundle.path(file))
+        if seals.get(file) != bundle.manifest.files[file].sha256
     ]
 
 

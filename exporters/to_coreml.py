@@ -7,7 +7,6 @@ weights; iOS 17 has no such packages and gets one for each graph.
 import io
 import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from cq_edge.errors import ExportError
+from cq_edge.quiet import without_chatter
 from exporters.graph_spec import GraphSpec
 
 TARGETS = {"ios17": ct.target.iOS17, "ios18": ct.target.iOS18}
@@ -162,11 +162,5 @@ def _named(graph: str, done: str, action: Callable[[], Any]) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the toolchain's progress bars, logs and deprecations; errors still raise."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with without_chatter(logging.ERROR), redirect_stderr(io.StringIO()):
+        yield

@@ -3,10 +3,7 @@
 Weights that methods share are stored once, under the hash of their content.
 """
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from cq_edge.errors import ExportError
+from cq_edge.quiet import without_chatter
 from exporters.graph_spec import GraphSpec
 from exporters.operator_report import OperatorReport, operator_report
 from exporters.parity import Arrays
@@ -55,7 +53,7 @@ def export_executorch(modules: Modules, path: Path) -> ExportReport:
     Raises:
         ExportError: If a module cannot be traced or lowered; names the method.
     """
-    with _quiet():
+    with without_chatter():
         programs = {name: _trace(name, *traced) for name, traced in modules.items()}
         try:
             with mended_channels_last_pass(), simplified_xnnpack_graphs():
@@ -142,16 +140,3 @@ def _trace(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> Exported
             return torch.export.export(module, inputs, strict=False)
     except Exception as error:
         raise ExportError(f"graph {name} could not be traced: {error}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the toolchain's deprecation warnings and logs; errors still raise."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

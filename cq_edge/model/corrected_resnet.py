@@ -1,4 +1,4 @@
-"""A resnet in two halves, with room for a correction between them.
+"""What a resnet computes, in two halves with room for a correction between them.
 
 The first half are the layers that consume a resnet's input, its first convolution and its
 shortcut: where a cached feature comes in, their outputs are what the quantisation correction
@@ -7,7 +7,6 @@ mends. Works on diffusers' ResnetBlock2D and on its rewritten, quantised forms a
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,29 +17,33 @@ def consumed(resnet: Resnet, x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the outputs of the layers that consume the input: convolution and shortcut.
 
     Args:
-        resnet: With a shortcut, which every resnet of an up block has.
+        resnet: Without a shortcut layer, the input itself is the second; every resnet of an up
+            block has one.
         x: (B, C, H, W) input.
 
     Returns:
         Two of (B, C', H, W).
     """
-    return resnet.conv1(F.silu(resnet.norm1(x))), resnet.conv_shortcut(x)
+    shortcut = x if resnet.conv_shortcut is None else resnet.conv_shortcut(x)
+    return resnet.conv1(F.silu(resnet.norm1(x))), shortcut
 
 
-def finished(resnet: Resnet, convolved: Tensor, shortcut: Tensor, time: Tensor) -> Tensor:
+def finished(resnet: Resnet, convolved: Tensor, shortcut: Tensor, time: Tensor | None) -> Tensor:
     """Returns what the resnet makes of the outputs that `consumed` gave.
 
     Args:
         resnet: The same.
         convolved: (B, C', H, W).
         shortcut: (B, C', H, W).
-        time: (1, E) time embedding.
+        time: (1 or B, E) time embedding; None for the autoencoder's resnets, which have none.
     """
-    offset = resnet.time_emb_proj(F.silu(time))
-    hidden = convolved + offset.reshape(time.shape[0], -1, 1, 1)
+    hidden = convolved
+    if resnet.time_emb_proj is not None and time is not None:
+        offset = resnet.time_emb_proj(F.silu(time))
+        hidden = hidden + offset.reshape(time.shape[0], -1, 1, 1)
     hidden = resnet.conv2(F.silu(resnet.norm2(hidden)))
     summed: Tensor = shortcut + hidden
-    scale = float(getattr(resnet, "rescale", getattr(resnet, "output_scale_factor", 1.0)))
+    scale = resnet.output_scale_factor
     return summed if scale == 1.0 else summed * (1.0 / scale)
 
 
@@ -61,13 +64,3 @@ def corrected(resnet: Resnet, x: Tensor, time: Tensor, gain: Tensor, bias: Tenso
         for part in (slice(0, channels), slice(channels, 2 * channels))
     )
     return finished(resnet, convolved * first[0] + first[1], shortcut * second[0] + second[1], time)
-
-
-def consumed_channels(resnet: Resnet) -> int:
-    """Returns 2·C', the number of channels that `corrected` corrects."""
-    return 2 * int(resnet.out_channels)
-
-
-def side_by_side(outputs: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns (B, 2·C', H, W) of what `consumed` gave."""
-    return torch.cat(outputs, dim=1)

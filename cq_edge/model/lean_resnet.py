@@ -10,6 +10,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from cq_edge.errors import ModelError
+from cq_edge.model.corrected_resnet import consumed, finished
 from cq_edge.model.surgery import replace_modules
 
 
@@ -26,19 +27,11 @@ class LeanResnet(nn.Module):
         self.norm2 = resnet.norm2
         self.conv2 = resnet.conv2
         self.conv_shortcut = resnet.conv_shortcut
-        self.rescale = resnet.output_scale_factor
+        self.output_scale_factor = resnet.output_scale_factor
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
         """Returns (B, C', H, W) for a picture (B, C, H, W) and a time embedding (1 or B, E)."""
-        hidden = self.conv1(F.silu(self.norm1(input_tensor)))
-        if self.time_emb_proj is not None and temb is not None:
-            offset = self.time_emb_proj(F.silu(temb))
-            hidden = hidden + offset.reshape(temb.shape[0], -1, 1, 1)
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        if self.conv_shortcut is not None:
-            input_tensor = self.conv_shortcut(input_tensor)
-        summed: Tensor = input_tensor + hidden
-        return summed if self.rescale == 1.0 else summed * (1.0 / self.rescale)
+        return finished(self, *consumed(self, input_tensor), temb)
 
 
 class LeanTimesteps(nn.Module):

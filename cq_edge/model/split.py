@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from cq_edge.errors import ModelError
-from cq_edge.model.corrected_resnet import consumed, consumed_channels, corrected, side_by_side
+from cq_edge.model.corrected_resnet import consumed, corrected
 
 _DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -189,7 +189,7 @@ class ShallowUNet(nn.Module):
         self.outer = nn.ModuleList(outer)
         self.head = head
         self.feature_channels = feature_channels
-        self.consumed_channels = consumed_channels(outer[0].resnet)
+        self.consumed_channels = 2 * cast("int", outer[0].resnet.out_channels)
 
     def forward(
         self,
@@ -239,7 +239,7 @@ class ShallowUNet(nn.Module):
         """
         skip = self._skips(latents, self.time(timestep), embeddings)[-1]
         resnet = cast("Layer", self.outer[0]).resnet
-        return side_by_side(consumed(resnet, torch.cat([feature, skip], dim=1)))
+        return torch.cat(consumed(resnet, torch.cat([feature, skip], dim=1)), dim=1)
 
     def _skips(self, latents: Tensor, time: Tensor, embeddings: Tensor) -> list[Tensor]:
         hidden = self.conv_in(latents)

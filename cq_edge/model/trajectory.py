@@ -17,17 +17,15 @@ Prompt = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Visit:
-    """One step of one prompt: what the network saw and said, and the latents around it.
+    """One step of one prompt: what the network saw and said, and the latents after it.
 
-    `before` and `history` are what the step started from, `seen` is `before` scaled for the
-    network. `features` are the branches' cached features, each (1, C, h, w), the guided branch
-    last; `difference` is what the branches' predictions differ by, 0 where there is one branch.
+    `seen` are the latents before it, scaled for the network. `features` are the branches' cached
+    features, each (1, C, h, w), the guided branch last; `difference` is what the branches'
+    predictions differ by, 0 where there is one branch.
     """
 
     step: int
     timestep: Tensor
-    before: Tensor
-    history: tuple[Tensor, ...]
     seen: Tensor
     noise_pred: Tensor
     difference: Tensor
@@ -51,15 +49,9 @@ class Loop:
         Raises:
             CalibrationError: A step gives something non-finite.
         """
-        latents = _noise((1, *self.latents_shape), self.seed + number)
-        return self.resume(number, prompt, 0, latents * self.noise_scheduler.init_noise_sigma, ())
-
-    def resume(
-        self, number: int, prompt: Prompt, start: int, latents: Tensor, history: tuple[Tensor, ...]
-    ) -> Iterator[Visit]:
-        """Runs the steps from `start` on, from what the step before left."""
-        for step in range(start, len(self.noise_scheduler.timesteps)):
-            before, past = latents, history
+        noise = _noise((1, *self.latents_shape), self.seed + number)
+        latents, history = noise * self.noise_scheduler.init_noise_sigma, ()
+        for step in range(len(self.noise_scheduler.timesteps)):
             timestep = torch.tensor([self.noise_scheduler.timesteps[step]])
             seen = self.noise_scheduler.model_input(latents, step)
             # branch by branch, as the exported graphs run: activations are quantised per run
@@ -69,9 +61,7 @@ class Loop:
             features = tuple(feature for _, feature in runs)
             _check_finite(number, step, noise_pred, features)
             latents, history = self.noise_scheduler.advance(latents, noise_pred, step, history)
-            yield Visit(
-                step, timestep, before, past, seen, noise_pred, difference, features, latents
-            )
+            yield Visit(step, timestep, seen, noise_pred, difference, features, latents)
 
     def branches(self, prompt: Prompt) -> Sequence[Tensor]:
         """Returns the embeddings that are run."""

@@ -5,9 +5,7 @@ as on the device, float32 inside them.
 """
 
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cq_edge.errors import BundleError, UsageError
+from cq_edge.quiet import without_chatter
 from runtime.mil.arguments import Arguments
 from runtime.mil.arithmetic import ARITHMETIC, Operator
 from runtime.mil.compressed import COMPRESSED
@@ -157,7 +156,7 @@ def read_functions(package: Path) -> dict[str, ReferenceFunction]:
     model = package / _MODEL
     if not model.is_file():
         raise BundleError(f"{package} is no Core ML package: it has no {_MODEL.as_posix()}")
-    with _quiet():
+    with without_chatter(logging.ERROR):  # coremltools' warnings about versions
         try:
             import coremltools
             from coremltools.converters.mil.frontend.milproto.load import load
@@ -193,16 +192,3 @@ def _dtype(value: Any) -> torch.dtype:
     if name not in _DTYPES:
         raise BundleError(f"value {value.name} has type {name}, which the interpreter cannot hold")
     return _DTYPES[name]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences coremltools' warnings about versions; errors still raise."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -51,9 +51,8 @@ _WRONG_BIAS = torch.tensor([0.1, -0.2, 0.3, 0.0]).view(1, 4, 1, 1)
 
 
 def _shallow(latents, timestep, embeddings, feature, gain, bias, output_gain, output_bias):
-    del timestep
+    del timestep, output_gain, output_bias
     corrected = gain.view(1, -1, 1, 1) * feature + bias.view(1, -1, 1, 1)
-    del output_gain, output_bias
     return 0.1 * latents + corrected[:, :4] + embeddings.mean((1, 2)).view(-1, 1, 1, 1)
 
 
@@ -184,11 +183,8 @@ def test_layers_that_went_wrong_are_mended_after_the_feature_is():
                 x[:4] * wrong_gain[:, None, None] + wrong_bias[:, None, None] for x in mended
             ]
             exact = [x[:4] for x in features[anchor + gap]]
-            for x, y in ((outputs, exact),):
-                x, y = ([*z, z[0] + scale * (z[1] - z[0])] for z in (x, y))
-                rows += [
-                    (a.reshape(4, -1).T, b.reshape(4, -1).T) for a, b in zip(x, y, strict=True)
-                ]
+            x, y = ([*z, z[0] + scale * (z[1] - z[0])] for z in (outputs, exact))
+            rows += [(a.reshape(4, -1).T, b.reshape(4, -1).T) for a, b in zip(x, y, strict=True)]
         x, y = (np.concatenate(part) for part in zip(*rows, strict=True))
         for channel in range(4):
             design = np.stack([x[:, channel], np.ones(len(x))], axis=1).astype(np.float64)
