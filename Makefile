@@ -48,7 +48,8 @@ evaluate: setup ## compare smaller bundles with float32 and rank plans (out/eval
 		--frontier-captions 24 --json docs/evaluation.json --html $(EVALUATE)/report.html --force
 	$(BIN)/cq-edge evaluate $(EVALUATE)/small --reference $(EVALUATE)/float32 --threads 1 \
 		--speedup 8 --captions 64 --frontier-captions 0 --json docs/evaluation_8x_6x.json --force
-	$(BIN)/python -m benchmarks.plan_ranking $(EVALUATE)/bundle --captions 8 --threads 1
+	$(BIN)/python -m benchmarks.plan_ranking $(EVALUATE)/bundle --reference $(EVALUATE)/float32 \
+		--captions 12 --threads 1
 
 train-demo-model: setup ## train, package and judge the demo model (hours on a CPU)
 	$(BIN)/python -m tools.train_demo_model

@@ -1,10 +1,11 @@
 """How well a plan's predicted error ranks the error it is then found to have.
 
 Draws random plans of mixed length, runs each from seeds and captions that calibration never saw,
-and compares the final latents with those of every step full on the same graphs:
+and compares the final latents with those of the float32 graphs with every step full:
 
-    cq-edge build -o out/demo/bundle
-    python -m benchmarks.plan_ranking out/demo/bundle     # writes docs/plan_ranking.md and .png
+    cq-edge build -o demo
+    cq-edge build --quantization none -o demo-float32
+    python -m benchmarks.plan_ranking demo --reference demo-float32    # writes docs/plan_ranking.*
 """
 
 import argparse
@@ -24,7 +25,6 @@ from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
 from runtime.draw import Method, draw
-from runtime.engine import Engine
 
 _SCENES_SEED, _FIRST_SEED = 40_000_001, 1_000
 
@@ -64,19 +64,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--reference", type=Path, required=True, help="the float32 bundle")
     parser.add_argument("--plans", type=int, default=60, help="with skip steps and without")
     parser.add_argument("--captions", type=int, default=12, help="each with its own seed")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
-    bundle = open_bundle(args.bundle)
+    bundle, reference = open_bundle(args.bundle), open_bundle(args.reference)
     defaults = bundle.manifest.defaults
     table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
     rng = np.random.default_rng(0)
     reusing = [_random_plan(rng, table) for _ in range(args.plans)]
     plans = [*reusing, *(_with_skips(rng, plan, table) for plan in reusing)]
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
-    measured = _measure(bundle, engine_for(bundle, args.threads), table, plans, captions)
+    measured = _measure(reference, bundle, args.threads, table, plans, captions)
     half = len(reusing)
     panels = [
         _Panel("full and shallow", name, _predicted(table, name, reusing), measured[:half])
@@ -121,15 +122,17 @@ def _predicted(
 
 
 def _measure(
+    reference: Bundle,
     bundle: Bundle,
-    engine: Engine,
+    threads: int | None,
     table: ReuseTable,
     plans: list[CacheSchedule],
     captions: list[str],
 ) -> NDArray[np.float64]:
     """Returns (P, N): each plan's mean squared error of the final latents of each caption."""
     steps, errors = table.steps, np.zeros((len(plans), len(captions)))
-    full = Method(bundle, engine, steps, CacheSchedule.all_full(len(table.timesteps)), None)
+    exact, engine = (engine_for(side, threads) for side in (reference, bundle))
+    full = Method(reference, exact, steps, CacheSchedule.all_full(len(table.timesteps)), None)
     for column, caption in enumerate(tqdm(captions, desc="captions")):
         seed = _FIRST_SEED + column
         expected = draw(full, caption, seed).latents
@@ -156,7 +159,7 @@ def _table(
         f"{len(counts)} random plans of each kind with {counts.min()} to {counts.max()} full "
         f"steps, {captions} held-out captions and seeds each, {defaults.noise_scheduler.upper()} "
         f"{defaults.steps} steps, guidance {defaults.guidance_scale:g}. Measured: mean squared "
-        "error of the final latents against every step full on the same graphs; typical is the "
+        "error of the final latents against the float32 graphs, every step full; typical is the "
         "geometric mean over the captions (the mean of their decibels), which the few captions "
         "that a plan tips into another picture do not decide. `noise_pred` is our objective, "
         "`feature_l1` the paper's.",

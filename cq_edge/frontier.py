@@ -80,15 +80,21 @@ class ReuseErrors:
             if reusable:
                 after = _State(gap, state.guided_anchor, 0, unguided)
                 yield Mode.SHALLOW_UNGUIDED, after, shallow + error
-        if skipped < self.skip.shape[1]:
-            error = float(self.skip[step - skipped, skipped])
+        carried = 0.0  # the errors of the step that a forecast builds on go on in it
+        if gap > skipped:
+            carried += shallow if reusable else np.inf
+        if unguided > skipped:
+            known = unguided < self.unguided.shape[1]
+            carried += float(self.unguided[step - unguided, unguided]) if known else np.inf
+        if skipped < self.skip.shape[1] and carried < np.inf:
+            error = float(self.skip[step - skipped, skipped]) + carried
             yield Mode.SKIP, self._far(gap, state.guided_anchor, skipped, unguided), error
 
     def _far(self, gap: int, guided_anchor: bool, skipped: int, unguided: int) -> _State:
         """Returns the state with all that is too far back to be used made alike."""
         unguided = min(unguided, self.unguided.shape[1])
-        if gap >= self.shallow.shape[1]:
-            return _State(self.shallow.shape[1], True, skipped, unguided)
+        if gap >= max(self.shallow.shape[1], self.skip.shape[1]):
+            return _State(gap, True, 0, unguided)
         return _State(gap, guided_anchor, skipped, unguided)
 
 

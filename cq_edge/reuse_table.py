@@ -32,24 +32,25 @@ class ReuseTable:
 
     Row i is the anchor step, column g the gap: entry [i, g] is about step i + g, which reuses
     anchor i. Entries of steps beyond T-1 exist but mean nothing (NaN is usual); column 0 is a
-    step that reuses its own feature.
+    step that computes all itself.
 
     Attributes:
         noise_scheduler: Name of the noise scheduler that it was measured with.
         steps: Sampler steps asked for (PNDM evaluates the denoiser once more).
         guidance_scale: Of the run that was measured.
         base_error: Of every step full: the mean squared error of the final latents against those
-            of the bundle's own noise scheduler and steps, whose table has 0 here.
+            of the float denoiser with the bundle's own noise scheduler and steps.
         timesteps: (T,) float32, the noise scheduler's.
-        influence: (T,) float64, 0 or more: what a mean squared error of a step's guided noise
-            prediction adds to that of the final latents.
-        noise_pred: (T, G+1) float64, 0 or more, 0 in column 0; G is the largest gap. The mean
-            squared error of the guided noise prediction with the corrected feature.
-        feature_l1: (T, G+1) float64 likewise: the mean absolute difference of the cached
+        influence: (T,) float64, 0 or more: of a mean squared error of a step's guided noise
+            prediction on that of the final latents.
+        noise_pred: (T, G+1) float64, 0 or more; G is the largest gap. The mean squared error of
+            the guided noise prediction with the corrected feature, against the float denoiser's;
+            column 0 is of a full step, which quantisation makes wrong.
+        feature_l1: (T, G+1) float64, 0 in column 0: the mean absolute difference of the cached
             features, which is the paper's objective.
-        skip: (T, R+1) float64 likewise: of the guided noise prediction of step i + g, forecast
-            from step i, the last that was computed.
-        unguided: (T, U+1) float64 likewise, where what the negative prompt changes is forecast
+        skip: (T, R+1) float64: as `noise_pred`, of step i + g forecast from step i, the last
+            that was computed.
+        unguided: (T, U+1) float64: likewise where what the negative prompt changes is forecast
             from step i, the last that computed it.
         skip_slope: (T, R+1) float32 in 0 to 1: the share of the line's slope that this forecast
             follows.
@@ -110,7 +111,8 @@ class ReuseTable:
         return int(self.output_gain.shape[2])
 
     def errors(self, objective: str = OBJECTIVES[0]) -> NDArray[np.float64]:
-        """Returns the (T, G+1) reuse errors that a plan is to minimise the sum of.
+        """Returns the (T, G+1) reuse errors that a plan is to minimise the sum of: 0 in column 0,
+        below 0 where reusing is less wrong than computing with quantised layers.
 
         Raises:
             UsageError: There is no such objective.
@@ -118,7 +120,7 @@ class ReuseTable:
         if objective not in OBJECTIVES:
             raise UsageError(f"objective is {objective!r}: choose {' or '.join(OBJECTIVES)}")
         if objective == OBJECTIVES[0]:
-            return self._added_up(self.noise_pred)
+            return self._added(self.noise_pred)
         return self.feature_l1
 
     def reuse_errors(self, objective: str = OBJECTIVES[0]) -> ReuseErrors:
@@ -131,10 +133,26 @@ class ReuseTable:
         """
         shallow = self.errors(objective)
         if objective == OBJECTIVES[0]:
-            forecasts = (self._added_up(self.skip), self._added_up(self.unguided))
-            return ReuseErrors(shallow, *forecasts)
+            return ReuseErrors(shallow, self._added(self.skip), self._added(self.unguided))
         never = np.zeros((len(shallow), 1))
         return ReuseErrors(shallow, never, never)
+
+    def final_error(self, total: float) -> float:
+        """Returns the mean squared error of the final latents to expect of a plan.
+
+        Amplitudes add up over the steps, a full step's own among them, and the sum is what is
+        squared: what is reused errs in one direction for many steps, and its error goes on where
+        the next anchor takes over. Every step full has the base error; what errs less has less of
+        it in proportion.
+
+        Args:
+            total: The sum of the plan's reuse errors (`noise_pred`).
+        """
+        own = float(self._own.sum())
+        reached = max(0.0, own + total)
+        if total <= 0:
+            return self.base_error * ((reached / own) ** 2 if own else 1.0)
+        return self.base_error + reached**2 - own**2
 
     def correction(self, anchor: int, step: int) -> ShallowCorrection:
         """Returns the correction of a step that reuses an anchor; the identity for its own.
@@ -225,16 +243,24 @@ class ReuseTable:
         except CalibrationError as error:
             raise BundleError(f"{path} is not a reuse table: {error}") from None
 
-    def _added_up(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Returns (T, G+1): by how much each step of a segment raises the final latents' error.
+    def _amplitude(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Returns (T, G+1): how far an error at a step moves the final latents."""
+        moved: NDArray[np.float64] = np.sqrt(squares * self.influence[self._steps(squares)])
+        return moved
 
-        What reuses one and the same feature errs in one direction: amplitudes add up over a
-        segment, not squares, and the sum is what is squared. Errors of different segments are
-        taken to be independent.
-        """
+    def _added(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Returns (T, G+1): how much further than a full step's own error does."""
+        return self._amplitude(squares) - self._own[self._steps(squares)]
+
+    @property
+    def _own(self) -> NDArray[np.float64]:
+        """(T,): how far the errors of full steps move the final latents."""
+        return self._amplitude(self.noise_pred)[:, 0]
+
+    def _steps(self, squares: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Returns (T, G+1): the step that each entry is about."""
         step = np.add.outer(*map(np.arange, squares.shape))
-        weighted = squares * self.influence[np.minimum(step, len(self.influence) - 1)]
-        return np.diff(np.cumsum(np.sqrt(weighted), axis=1) ** 2, axis=1, prepend=0.0)
+        return np.minimum(step, len(squares) - 1)
 
     def _check_shapes(self) -> None:
         two = dict.fromkeys((*_ERRORS, *_SLOPES), 2)
@@ -279,9 +305,9 @@ class ReuseTable:
             _require(
                 usable | ~used, f"the reuse error ({name})", "it must be a number of 0 or more"
             )
-            _require(
-                (errors == 0) | (gap > 0), f"the reuse error ({name})", "a step's own must be 0"
-            )
+            if name == "feature_l1":
+                fine = (errors == 0) | (gap > 0)
+                _require(fine, f"the reuse error ({name})", "a step's own must be 0")
         for name in _SLOPES:
             slope = getattr(self, name)
             if not ((slope >= 0) & (slope <= 1)).all():

@@ -9,7 +9,7 @@ noise prediction is wrong; a half of the correction that hardly helps is dropped
 What forecasts would miss is measured on the first run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 from cq_edge.correction import MomentAccumulator
 from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Forecast
-from cq_edge.influence import step_influence
+from cq_edge.influence import mended_influence
 from cq_edge.model.reuse_trial import (
     Consumers,
     Corrections,
@@ -72,30 +72,31 @@ class Calibration:
 @torch.no_grad()
 def capture(
     full: FullGraph,
+    exact: FullGraph,
     shallow: ShallowGraph,
     consumers: Consumers,
     prompts: Sequence[Prompt],
     noise_scheduler: NoiseScheduler,
     latents_shape: tuple[int, int, int],
     *,
-    base_error: float = 0.0,
     guidance_scale: float = 7.5,
     max_gap: int = 10,
     seed: int = 0,
     sampled_steps: int = 4,
     on_step: Callable[[], object] = lambda: None,
 ) -> Calibration:
-    """Runs every prompt through all steps and returns what was measured.
+    """Runs every prompt through all steps and returns what was measured; the table's base error
+    is left at 0.
 
     Args:
         full: `FullUNet`, or anything that is called as it is; what will be exported, so that
             its quantisation is part of what is measured.
+        exact: The float `FullUNet`, whose predictions are what all errors are measured against.
         shallow: Its `ShallowUNet`.
         consumers: Of that one, the layers that the cached feature goes into.
         prompts: The embeddings to calibrate with.
         noise_scheduler: Of T steps.
         latents_shape: (4, h, w).
-        base_error: Of every step full, against the bundle's own noise scheduler and steps.
         guidance_scale: 1.0 runs the guided branch alone.
         max_gap: The largest gap measured; cut to T - 1.
         seed: Of the initial noise; prompt n takes seed + n.
@@ -114,22 +115,30 @@ def capture(
     # without guidance there is no negative prompt to leave out
     unguided = 0 if guidance_scale == 1 else min(MAX_UNGUIDED, total - 1)
     differences = _ForecastRun(noise_scheduler.sigmas, unguided)
+    truths: dict[tuple[int, int], Tensor] = {}
     for number, prompt in enumerate(prompts):
         for visit in loop.run(number, prompt):
+            contexts = loop.branches(prompt)
+            truth = loop.guided([exact(visit.seen, visit.timestep, c)[0] for c in contexts])
+            truths[number, visit.step] = truth
             features.take(visit, prompt)
-            predictions.take(visit.step, visit.noise_pred)
-            differences.take(visit.step, (guidance_scale - 1) * visit.difference)
+            predictions.take(visit.step, visit.noise_pred, truth)
+            # an unguided step runs the prompt's branch, to which this is added
+            added = (guidance_scale - 1) * visit.difference
+            differences.take(visit.step, added, truth - (visit.noise_pred - added))
             on_step()
     cache = features.corrections()
     quantisation = fit_quantisation(loop, consumers, prompts, cache, on_step)
-    error, cache, quantisation = _worth_having(loop, shallow, prompts, cache, quantisation, on_step)
+    error, cache, quantisation = _worth_having(
+        loop, shallow, prompts, truths, cache, quantisation, on_step
+    )
     table = ReuseTable(
         noise_scheduler=noise_scheduler.name,
         steps=noise_scheduler.steps,
         guidance_scale=guidance_scale,
-        base_error=base_error,
+        base_error=0.0,
         timesteps=np.asarray(noise_scheduler.timesteps, np.float32),
-        influence=step_influence(noise_scheduler) ** 2,
+        influence=mended_influence(noise_scheduler) ** 2,
         noise_pred=_means(error, len(prompts)),
         feature_l1=features.l1(),
         skip=_means(predictions.squares(), len(prompts)),
@@ -148,6 +157,7 @@ def _worth_having(
     loop: Loop,
     shallow: ShallowGraph,
     prompts: Sequence[Prompt],
+    truths: Mapping[tuple[int, int], Tensor],
     cache: Corrections,
     quantisation: Corrections,
     on_step: Callable[[], object],
@@ -157,12 +167,21 @@ def _worth_having(
     everywhere = np.ones(cache.gain.shape[:2], bool)
     no_cache, nothing = (half.identity_where(everywhere) for half in (cache, quantisation))
     tried = ((no_cache, nothing), (cache, nothing), (cache, quantisation))
-    plain, repaired, both = reuse_squares(loop, shallow, prompts, tried, on_step)
-    bare = repaired > _WORTH_CORRECTING * plain
+    plain, repaired, both = reuse_squares(loop, shallow, prompts, truths, tried, on_step)
+    bare = _hardly_less(repaired, plain)
     error = np.where(bare, plain, repaired)
-    halfway = both > _WORTH_CORRECTING * error
+    halfway = _hardly_less(both, error)
     left = np.where(halfway, error, both)
     return left, cache.identity_where(bare & halfway), quantisation.identity_where(halfway)
+
+
+def _hardly_less(found: NDArray[np.float64], before: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Returns (T, G+1) whether a correction mends too little of what reuse adds to the error that
+    the full graph has at the same step."""
+    step = np.minimum(np.add.outer(*map(np.arange, before.shape)), len(before) - 1)
+    added = np.abs(before - before[step, 0])
+    hardly: NDArray[np.bool_] = found > before - (1 - _WORTH_CORRECTING) * added
+    return hardly
 
 
 def _means(squares: NDArray[np.float64], count: int) -> NDArray[np.float64]:
@@ -245,25 +264,26 @@ class _ForecastRun:
     """What forecasting a value costs, and how far it should follow the line.
 
     Entry [i, g] is of step i + g, forecast as if step i were the last that was computed, and the
-    step before it too.
+    step before it too; entry [i, 0] is of what was computed.
     """
 
     def __init__(self, sigmas: Sequence[float], furthest: int) -> None:
-        # sums over the prompts: of the squared change since the last value, of its product with
-        # the change that the line expects, and of that one's square
+        # sums over the prompts: of the square of what changed since the last value, of its product
+        # with the change that the line expects, and of that one's square
         self._change, self._product, self._expected = np.zeros((3, len(sigmas), furthest + 1))
         self._sigmas = sigmas
         self._furthest = furthest
         self._lines: list[Forecast] = []  # as they were after each of the last steps, newest first
 
-    def take(self, step: int, value: Tensor) -> None:
-        """Takes in the next step of a prompt's run."""
+    def take(self, step: int, value: Tensor, truth: Tensor) -> None:
+        """Takes in the next step of a prompt's run: what was computed, and what is right."""
         if step == 0:
             self._lines = []
         sigma = self._sigmas[step]
+        self._change[step, 0] += mean_square(truth - value)
         for gap, line in enumerate(self._lines, start=1):
             last = line.at(sigma, slope=0)
-            change, expected = value - last, line.at(sigma) - last
+            change, expected = truth - last, line.at(sigma) - last
             self._change[step - gap, gap] += mean_square(change)
             self._product[step - gap, gap] += float((change * expected).mean())
             self._expected[step - gap, gap] += mean_square(expected)

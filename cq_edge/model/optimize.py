@@ -1,19 +1,20 @@
 """The whole method on one page: a pipeline becomes the graphs and tables of a bundle."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
+import torch
 from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cq_edge.errors import UsageError
-from cq_edge.model.base_error import base_error, final_latents
 from cq_edge.model.capture import RUNS, Calibration, capture
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
 from cq_edge.model.mixed_precision import choose_four_bits
+from cq_edge.model.plan_trial import final_latents, mean_distance, scaled_to_trial
 from cq_edge.model.prompts import embed_prompts, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.reuse_trial import Consumers, ShallowGraph
@@ -148,36 +149,42 @@ def calibrate(
     """
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
     prompts, shape = embed_prompts(pipeline, config.prompts), _latents_shape(pipeline)
-    exact = optimized.reference["denoise_shallow"]
-    shipped = optimized.edge.get("denoise_shallow", exact)
-    consumers = Consumers(cast(ShallowUNet, shipped).consumed, cast(ShallowUNet, exact).consumed)
+    float_shallow = optimized.reference["denoise_shallow"]
+    shipped = optimized.edge.get("denoise_shallow", float_shallow)
+    consumers = Consumers(
+        cast(ShallowUNet, shipped).consumed, cast(ShallowUNet, float_shallow).consumed
+    )
+    compared = prompts[:_COMPARED_PROMPTS]
     calibrations: list[Calibration] = []
     own: tuple[Tensor, ...] | None = None
     for name, steps in ((config.noise_scheduler, config.steps), *config.also):
         noise_scheduler = make_noise_scheduler(name, steps, noise_schedule)
-        loop = Loop(optimized.reference["denoise"], noise_scheduler, shape, config.guidance_scale)
-        finals = final_latents(loop, prompts[:_COMPARED_PROMPTS], on_step)
-        own = own or finals
-        calibrations.append(
-            capture(
-                full,
-                shallow,
-                consumers,
-                prompts,
-                noise_scheduler,
-                shape,
-                base_error=base_error(finals, own),
-                guidance_scale=config.guidance_scale,
-                max_gap=config.max_gap,
-                on_step=on_step,
-            )
+        exact = Loop(optimized.reference["denoise"], noise_scheduler, shape, config.guidance_scale)
+        exact_finals = final_latents(exact, compared, on_step)
+        own = own or exact_finals
+        calibration = capture(
+            full,
+            optimized.reference["denoise"],
+            shallow,
+            consumers,
+            prompts,
+            noise_scheduler,
+            shape,
+            guidance_scale=config.guidance_scale,
+            max_gap=config.max_gap,
+            on_step=on_step,
         )
+        finals = [torch.from_numpy(x) for x in calibration.final_latents[: len(compared)]]
+        loop = replace(exact, full=full)
+        table = replace(calibration.table, base_error=mean_distance(finals, own))
+        table = scaled_to_trial(table, loop, shallow, compared, finals, exact_finals, on_step)
+        calibrations.append(replace(calibration, table=table))
     return tuple(calibrations)
 
 
 def calibration_steps(prompts: int, totals: Sequence[int]) -> int:
     """Returns how many steps `calibrate` runs for so many prompts and each T."""
-    return (RUNS * prompts + min(prompts, _COMPARED_PROMPTS)) * sum(totals)
+    return (RUNS * prompts + 2 * min(prompts, _COMPARED_PROMPTS)) * sum(totals)
 
 
 def parity_inputs(

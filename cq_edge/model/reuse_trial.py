@@ -4,7 +4,7 @@ Both run the loop anew with the full graph at every step, and at each step k reu
 of the steps before it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +90,8 @@ def fit_quantisation(
         [MomentAccumulator() for _ in range(min(columns - 1, total - 1 - i))] for i in range(total)
     ]
     channels = 0
-    for prompt, visit, anchors in _visits(loop, prompts, columns - 1, on_step):
+    for number, visit, anchors in _visits(loop, prompts, columns - 1, on_step):
+        prompt = prompts[number]
         exact = _outputs(loop, consumers.exact, visit, prompt, visit.features)
         channels = exact[0].shape[1]
         for gap, anchor in enumerate(anchors, start=1):
@@ -105,23 +106,26 @@ def reuse_squares(
     loop: Loop,
     shallow: ShallowGraph,
     prompts: Sequence[Prompt],
+    truths: Mapping[tuple[int, int], Tensor],
     halves: Sequence[tuple[Corrections, Corrections]],
     on_step: Callable[[], object],
 ) -> NDArray[np.float64]:
     """Returns (N, T, G+1) mean squared errors of the guided noise prediction of every step i + g
-    with the features of step i, summed over the prompts.
+    with the features of step i, summed over the prompts; column 0 is of the full graph.
 
     Args:
         loop: Of the full graph.
         shallow: The shallow graph.
         prompts: The embeddings to run.
+        truths: What the float graph predicts, guided, by number of the prompt and step.
         halves: N choices of a cache correction and a quantisation correction to try.
         on_step: Called after each step of each prompt.
     """
     total, columns = halves[0][0].gain.shape[:2]
     squares = np.zeros((len(halves), total, columns))
-    for prompt, visit, anchors in _visits(loop, prompts, columns - 1, on_step):
-        branches = loop.branches(prompt)
+    for number, visit, anchors in _visits(loop, prompts, columns - 1, on_step):
+        branches, truth = loop.branches(prompts[number]), truths[number, visit.step]
+        squares[:, visit.step, 0] += mean_square(visit.noise_pred - truth)
         for gap, anchor in enumerate(anchors, start=1):
             for index, (cache, quantisation) in enumerate(halves):
                 correction = (*cache.at(anchor.step, gap), *quantisation.at(anchor.step, gap))
@@ -131,18 +135,18 @@ def reuse_squares(
                         for context, feature in zip(branches, anchor.features, strict=True)
                     ]
                 )
-                squares[index, anchor.step, gap] += mean_square(reused - visit.noise_pred)
+                squares[index, anchor.step, gap] += mean_square(reused - truth)
     return squares
 
 
 def _visits(
     loop: Loop, prompts: Sequence[Prompt], max_gap: int, on_step: Callable[[], object]
-) -> Iterator[tuple[Prompt, Visit, list[Visit]]]:
-    """Yields every step of every prompt's run and the steps before it, the last one first."""
+) -> Iterator[tuple[int, Visit, list[Visit]]]:
+    """Yields the prompt's number, every step of its run, and the steps before, the last first."""
     for number, prompt in enumerate(prompts):
         earlier: list[Visit] = []
         for visit in loop.run(number, prompt):
-            yield prompt, visit, earlier
+            yield number, visit, earlier
             earlier = [visit, *earlier][:max_gap]
             on_step()
 

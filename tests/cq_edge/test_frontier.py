@@ -11,11 +11,12 @@ MODE_MS = dict(zip(Mode, (20.0, 6.0, 0.1, 10.1, 3.1), strict=True))
 
 
 def random_errors(seed, steps=7, gaps=(3, 2, 2)):
-    """Errors with and without order: rising with the gap, and not."""
-    rng = np.random.default_rng(seed)
+    """Errors with and without order: rising with the gap, and not; of the last seed some are below
+    0, as where reusing is less wrong than computing anew."""
+    rng, least = np.random.default_rng(seed), -0.3 if seed == 4 else 0.1
     rise = (lambda gap: gap) if seed % 2 else (lambda gap: gap > 0)
     return ReuseErrors(
-        *(rng.uniform(0.1, 1, (steps, g + 1)) * rise(np.arange(g + 1)) for g in gaps)
+        *(rng.uniform(least, 1, (steps, g + 1)) * rise(np.arange(g + 1)) for g in gaps)
     )
 
 
@@ -33,7 +34,7 @@ def taken_ms(schedule):
     return sum(MODE_MS[mode] for mode in schedule.modes)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(5))
 def test_no_schedule_beats_the_frontier(seed):
     errors = random_errors(seed)
     frontier = [(taken_ms(s), error) for s, error in search_frontier(errors, MODE_MS)]
@@ -42,10 +43,10 @@ def test_no_schedule_beats_the_frontier(seed):
     for schedule, error in every_schedule(errors):
         ms, count = taken_ms(schedule), count + 1
         assert min(e for t, e in frontier if t <= ms + 1e-6) <= error + 1e-12
-    assert count > 5000
+    assert count > 4000
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(5))
 def test_a_schedule_of_the_frontier_has_the_error_it_comes_with(seed):
     errors = random_errors(seed)
     for schedule, error in search_frontier(errors, MODE_MS):
@@ -58,7 +59,13 @@ def test_the_total_adds_up_what_each_step_builds_on():
     expected = {
         "FSSFKKS": shallow[0, 1] + shallow[0, 2] + skip[3, 1] + skip[3, 2] + shallow[3, 3],
         "FfsFFFF": unguided[0, 1] + shallow[1, 1] + unguided[0, 2],
-        "FFsKSFF": shallow[1, 1] + unguided[1, 1] + skip[2, 1] + shallow[1, 3],
+        "FFsKSFF": shallow[1, 1]
+        + unguided[1, 1]
+        + shallow[1, 3]
+        # what is forecast from an unguided shallow step is as wrong as that would be now
+        + skip[2, 1]
+        + shallow[1, 2]
+        + unguided[1, 2],
         "FKfFFFF": skip[0, 1] + unguided[0, 2],
         "FFFFFFF": 0.0,
     }
@@ -74,7 +81,9 @@ def test_the_total_adds_up_what_each_step_builds_on():
         ("FKKKFFF", "step 3 of FKKKFFF is skip, but what it would build on is further back than "
          "was measured: make it full or shallow"),
         ("FfffFFF", "step 3 of FfffFFF is full unguided, but what it would build on is further "
-         "back than was measured: make it full or skip"),
+         "back than was measured: make it full"),
+        ("FSSSKFF", "step 4 of FSSSKFF is skip, but what it would build on is further back than "
+         "was measured: make it full"),
         ("FF", "the schedule has 2 steps and the errors are of 7: they must be equal"),
     ],
 )  # fmt: skip

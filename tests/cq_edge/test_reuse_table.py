@@ -16,7 +16,7 @@ def table():
     gain = rng.random((T, G + 1, C)).astype(np.float32)
     bias = rng.random((T, G + 1, C)).astype(np.float32)
     output_gain, output_bias = rng.random((2, T, G + 1, 2 * C)).astype(np.float32)
-    noise_pred[:, 0] = feature_l1[:, 0] = 0
+    feature_l1[:, 0] = 0
     for anchor in range(T):
         for gap in range(G + 1):
             if anchor + gap >= T:
@@ -82,17 +82,26 @@ def test_correction_is_the_entry_of_anchor_and_gap():
 
 
 def test_errors_are_those_of_the_objective_asked_for():
-    found, amplitude = table().errors(), np.sqrt(table().noise_pred)
-    for anchor in range(T - G):
-        worth = np.sqrt(table().influence[anchor : anchor + G + 1])
-        for gap in range(G + 1):
-            # of a segment of shallow steps, the amplitudes add up
-            whole = (amplitude[anchor, : gap + 1] * worth[: gap + 1]).sum() ** 2
-            assert found[anchor, : gap + 1].sum() == pytest.approx(whole)
+    given = table()
+    found, own = given.errors(), np.sqrt(given.noise_pred[:, 0] * given.influence)
+    for anchor in range(T):
+        for gap in range(min(G, T - 1 - anchor) + 1):
+            step = anchor + gap
+            amplitude = np.sqrt(given.noise_pred[anchor, gap] * given.influence[step])
+            assert found[anchor, gap] == pytest.approx(amplitude - own[step])
     np.testing.assert_array_equal(table().errors("feature_l1"), table().feature_l1)
     message = "objective is 'l2': choose noise_pred or feature_l1"
     with pytest.raises(UsageError, match=f"^{message}$"):
         table().errors("l2")
+
+
+def test_the_final_error_is_the_square_of_all_that_adds_up():
+    given = replace(table(), base_error=0.25)
+    own = np.sqrt(given.noise_pred[:, 0] * given.influence).sum()
+    assert given.final_error(0.0) == 0.25
+    assert given.final_error(0.5) == pytest.approx(0.25 + (own + 0.5) ** 2 - own**2)
+    assert given.final_error(-own / 2) == pytest.approx(0.25 / 4)
+    assert given.final_error(-2 * own) == 0
 
 
 def test_a_steps_own_correction_is_the_identity():
@@ -126,8 +135,8 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
             "a number of 0 or more",
         ),
         (
-            changed("noise_pred", (3, 0), 1),
-            "the reuse error (noise_pred) of step 3 with anchor 3 (gap 0) is unusable: a step's "
+            changed("feature_l1", (3, 0), 1),
+            "the reuse error (feature_l1) of step 3 with anchor 3 (gap 0) is unusable: a step's "
             "own must be 0",
         ),
         (
@@ -296,8 +305,12 @@ def test_only_our_objective_knows_what_forecasts_cost():
     ours, papers = table().reuse_errors(), table().reuse_errors("feature_l1")
     for name, found in (("noise_pred", ours.shallow), ("skip", ours.skip)):
         for anchor, gap in ((0, 1), (2, 1)):
-            expected = getattr(table(), name)[anchor, gap] * table().influence[anchor + gap]
-            assert found[anchor, gap] == pytest.approx(expected)
+            step = anchor + gap
+            moved, own = (
+                np.sqrt(square * table().influence[step])
+                for square in (getattr(table(), name)[anchor, gap], table().noise_pred[step, 0])
+            )
+            assert found[anchor, gap] == pytest.approx(moved - own)
     assert ours.unguided.shape == table().unguided.shape
     np.testing.assert_array_equal(papers.shallow, table().feature_l1)
     assert papers.skip.shape == papers.unguided.shape == (T, 1)

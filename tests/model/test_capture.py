@@ -5,7 +5,7 @@ import torch
 from cq_edge.correction import fit_correction
 from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Forecast
-from cq_edge.influence import step_influence
+from cq_edge.influence import mended_influence
 from cq_edge.model.capture import MAX_SKIP, MAX_UNGUIDED, RUNS, capture
 from cq_edge.model.reuse_trial import Consumers
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
@@ -30,6 +30,9 @@ class _Recorder:
         one, zero = torch.ones(6), torch.zeros(6)
         none = (one, zero, torch.ones(4), torch.zeros(4))
         return _shallow(latents, timestep, embeddings, feature, *none), feature
+
+
+_FLOAT = _Recorder(0, 0)
 
 
 def _consumed(latents, timestep, embeddings, feature):
@@ -80,7 +83,9 @@ def _scheduler():
 
 def test_errors_and_corrections_are_those_of_the_features_seen():
     recorder = _Recorder(2, 3)
-    table = capture(recorder, _shallow, _EXACT, _prompts(3), _scheduler(), _SHAPE, max_gap=3).table
+    table = capture(
+        recorder, _FLOAT, _shallow, _EXACT, _prompts(3), _scheduler(), _SHAPE, max_gap=3
+    ).table
     assert table.feature_l1.shape == (_STEPS, 4)
     by_prompt = [_by_step(recorder, n) for n in range(3)]
     kept = 0
@@ -105,6 +110,7 @@ def test_noise_prediction_errors_are_what_the_corrected_features_leave():
     recorder, scale = _Recorder(2, 3), 3.0
     calibration = capture(
         recorder,
+        _FLOAT,
         _shallow,
         _EXACT,
         _prompts(3),
@@ -114,7 +120,7 @@ def test_noise_prediction_errors_are_what_the_corrected_features_leave():
         guidance_scale=scale,
     )
     table = calibration.table
-    np.testing.assert_array_equal(table.influence, step_influence(_scheduler()) ** 2)
+    np.testing.assert_array_equal(table.influence, mended_influence(_scheduler()) ** 2)
     for anchor in range(_STEPS):
         for gap in range(1, min(3, _STEPS - 1 - anchor) + 1):
             correction = table.correction(anchor, anchor + gap).cache
@@ -128,6 +134,24 @@ def test_noise_prediction_errors_are_what_the_corrected_features_leave():
             assert table.noise_pred[anchor, gap] == pytest.approx(np.mean(squares), rel=1e-3)
 
 
+def test_errors_are_measured_against_the_float_denoiser_and_so_is_a_full_steps_own():
+    def exact(latents, timestep, embeddings):
+        noise_pred, feature = _FLOAT(latents, timestep, embeddings)
+        return noise_pred + 0.25 * torch.sign(latents), feature
+
+    def measured(against):
+        given = (_Recorder(0, 0), against, _shallow, _EXACT, _prompts(2), _scheduler(), _SHAPE)
+        return capture(*given, guidance_scale=3.0, max_gap=2).table
+
+    table, same = measured(exact), measured(_FLOAT)
+    for name in ("noise_pred", "skip", "unguided"):
+        own = getattr(table, name)[:, 0]
+        # both branches are off by the same, which guidance leaves as it is
+        np.testing.assert_allclose(own, 0.25**2, rtol=1e-5)
+        np.testing.assert_array_equal(getattr(same, name)[:, 0], 0)
+    assert not np.array_equal(table.noise_pred[:-2, 1], same.noise_pred[:-2, 1])
+
+
 def test_a_correction_that_makes_predictions_worse_is_dropped():
     def picky(*inputs):
         return _shallow(*inputs) + 5 * (inputs[4] != 1).any()
@@ -135,6 +159,7 @@ def test_a_correction_that_makes_predictions_worse_is_dropped():
     recorder = _Recorder(2, 1)
     table = capture(
         recorder,
+        _FLOAT,
         picky,
         _EXACT,
         _prompts(1),
@@ -164,6 +189,7 @@ def test_layers_that_went_wrong_are_mended_after_the_feature_is():
     recorder, scale = _Recorder(2, 2), 2.0
     table = capture(
         recorder,
+        _FLOAT,
         consuming,
         Consumers(_rounded, _consumed),
         _prompts(2),
@@ -204,7 +230,7 @@ def test_forecasts_follow_the_line_as_far_as_leaves_the_least_error():
         return noise_pred, feature
 
     table = capture(
-        full, _shallow, _EXACT, prompts, _scheduler(), _SHAPE, guidance_scale=scale
+        full, _FLOAT, _shallow, _EXACT, prompts, _scheduler(), _SHAPE, guidance_scale=scale
     ).table
     assert table.skip.shape == (_STEPS, MAX_SKIP + 1)
     assert table.unguided.shape == (_STEPS, MAX_UNGUIDED + 1)
@@ -239,6 +265,7 @@ def test_forecasts_follow_the_line_as_far_as_leaves_the_least_error():
 def test_without_guidance_there_is_no_negative_prompt_to_leave_out():
     table = capture(
         _Recorder(0, 0),
+        _FLOAT,
         _shallow,
         _EXACT,
         _prompts(1),
@@ -256,17 +283,21 @@ def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none()
         calls.append(inputs)
         return _Recorder(0, 0)(*inputs)
 
-    capture(counted, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, guidance_scale=2.0)
+    capture(
+        counted, _FLOAT, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, guidance_scale=2.0
+    )
     assert len(calls) == RUNS * 2 * _STEPS
     calls.clear()
-    capture(counted, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, guidance_scale=1.0)
+    capture(
+        counted, _FLOAT, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, guidance_scale=1.0
+    )
     assert len(calls) == RUNS * _STEPS
 
 
 def test_progress_is_told_of_every_step_of_every_run():
     told = []
     capture(
-        _Recorder(0, 0), _shallow, _EXACT, _prompts(2), _scheduler(), _SHAPE,
+        _Recorder(0, 0), _FLOAT, _shallow, _EXACT, _prompts(2), _scheduler(), _SHAPE,
         on_step=lambda: told.append(None),
     )  # fmt: skip
     assert len(told) == RUNS * 2 * _STEPS
@@ -274,7 +305,7 @@ def test_progress_is_told_of_every_step_of_every_run():
 
 def test_the_largest_gap_is_cut_to_what_the_steps_allow():
     table = capture(
-        _Recorder(0, 0), _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, max_gap=99
+        _Recorder(0, 0), _FLOAT, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, max_gap=99
     ).table
     assert table.max_gap == _STEPS - 1
 
@@ -282,7 +313,7 @@ def test_the_largest_gap_is_cut_to_what_the_steps_allow():
 def test_samples_carry_the_anchor_feature_of_the_guided_branch():
     recorder = _Recorder(2, 1)
     samples = capture(
-        recorder, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, max_gap=3
+        recorder, _FLOAT, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, max_gap=3
     ).samples
     assert [s.step for s in samples] == [0, 2, 3, 5]
     for sample in samples:
@@ -296,7 +327,7 @@ def test_a_non_finite_prediction_stops_with_the_prompt_and_step_named():
         return worth * latents, latents
 
     with pytest.raises(CalibrationError) as caught:
-        capture(broken, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE)
+        capture(broken, _FLOAT, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE)
     assert str(caught.value) == "prompt 0, step 4: the denoiser gave a non-finite prediction"
 
 
@@ -307,11 +338,11 @@ def test_a_non_finite_feature_stops_with_its_channel_named():
         return latents, feature
 
     with pytest.raises(CalibrationError) as caught:
-        capture(broken, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE)
+        capture(broken, _FLOAT, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE)
     assert str(caught.value) == ("prompt 0, step 4: channel 2 of the cached feature is not finite")
 
 
 def test_no_prompt_is_refused():
     with pytest.raises(CalibrationError) as caught:
-        capture(_Recorder(0, 0), _shallow, _EXACT, [], _scheduler(), _SHAPE)
+        capture(_Recorder(0, 0), _FLOAT, _shallow, _EXACT, [], _scheduler(), _SHAPE)
     assert str(caught.value) == "calibration needs at least one prompt"
