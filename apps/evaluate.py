@@ -153,7 +153,8 @@ def _side(bundle: Bundle, engine: Engine) -> Side:
     def make(steps: int, schedule: CacheSchedule, table: ReuseTable | None) -> Method:
         return Method(bundle, engine, steps, schedule, table)
 
-    profile, tables = measure_graphs(engine, bundle), bundle.reuse_tables()
+    profile = measure_graphs(engine, bundle, runs=25, at_most_s=6.0)
+    tables = bundle.reuse_tables()
     return Side(bundle, profile, tables, plan_frontier(tables, profile, 2), make)
 
 

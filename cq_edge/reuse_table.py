@@ -38,8 +38,9 @@ class ReuseTable:
         noise_scheduler: Name of the noise scheduler that it was measured with.
         steps: Sampler steps asked for (PNDM evaluates the denoiser once more).
         guidance_scale: Of the run that was measured.
-        base_error: Of every step full: the mean squared error of the final latents against those
-            of the float denoiser with the bundle's own noise scheduler and steps.
+        base_error: Of the float denoiser, every step full: the mean squared error of the final
+            latents against those of the bundle's own noise scheduler and steps, whose table has
+            0 here.
         timesteps: (T,) float32, the noise scheduler's.
         influence: (T,) float64, 0 or more: of a mean squared error of a step's guided noise
             prediction on that of the final latents.
@@ -142,17 +143,12 @@ class ReuseTable:
 
         Amplitudes add up over the steps, a full step's own among them, and the sum is what is
         squared: what is reused errs in one direction for many steps, and its error goes on where
-        the next anchor takes over. Every step full has the base error; what errs less has less of
-        it in proportion.
+        the next anchor takes over.
 
         Args:
             total: The sum of the plan's reuse errors (`noise_pred`).
         """
-        own = float(self._own.sum())
-        reached = max(0.0, own + total)
-        if total <= 0:
-            return self.base_error * ((reached / own) ** 2 if own else 1.0)
-        return self.base_error + reached**2 - own**2
+        return self.base_error + max(0.0, float(self._own.sum()) + total) ** 2
 
     def correction(self, anchor: int, step: int) -> ShallowCorrection:
         """Returns the correction of a step that reuses an anchor; the identity for its own.

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
-import torch
 from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from cq_edge.errors import UsageError
 from cq_edge.model.capture import RUNS, Calibration, capture
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
 from cq_edge.model.mixed_precision import choose_four_bits
-from cq_edge.model.plan_trial import final_latents, mean_distance, scaled_to_trial
+from cq_edge.model.plan_trial import final_latents, scaled_to_trial, typical_distance
 from cq_edge.model.prompts import embed_prompts, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.reuse_trial import Consumers, ShallowGraph
@@ -174,10 +173,9 @@ def calibrate(
             max_gap=config.max_gap,
             on_step=on_step,
         )
-        finals = [torch.from_numpy(x) for x in calibration.final_latents[: len(compared)]]
+        table = replace(calibration.table, base_error=typical_distance(exact_finals, own))
         loop = replace(exact, full=full)
-        table = replace(calibration.table, base_error=mean_distance(finals, own))
-        table = scaled_to_trial(table, loop, shallow, compared, finals, exact_finals, on_step)
+        table = scaled_to_trial(table, loop, shallow, compared, exact_finals, on_step)
         calibrations.append(replace(calibration, table=table))
     return tuple(calibrations)
 

@@ -1,7 +1,7 @@
-"""What a table's errors are worth in the final latents: every step full, and one plan tried.
+"""What a table's errors are worth in the final latents, from one plan that is tried.
 
 What the influence of single steps leaves out is how much of many small errors the denoiser mends.
-So one plan that reuses much is run, and the influence scaled to what comes of it.
+So a plan that computes little is run, and the influence scaled to what comes of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cq_edge.cache_schedule import CacheSchedule
+from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.forecast import Forecast
+from cq_edge.frontier import search_frontier
 from cq_edge.model.reuse_trial import ShallowGraph
-from cq_edge.model.trajectory import FullGraph, Loop, Prompt, mean_square
+from cq_edge.model.trajectory import Loop, Prompt, mean_square
 from cq_edge.reuse_table import ReuseTable
 
-_SEGMENTS = 6  # of the plan that is tried: it must err well above what quantisation does
-_LEAST_SHARE, _MOST_SHARE = 1e-3, 1.0
+_MODE_COSTS = (1.0, 0.1, 0.0, 0.5, 0.05)
+_FULL_SHARE, _FULL_STEPS = 0.25, 8
+"""The larger is what is full: few enough for reuse to err more than quantisation does, and enough
+for a picture."""
 
 
 @torch.no_grad()
@@ -40,10 +44,12 @@ def final_latents(
     return tuple(finals)
 
 
-def mean_distance(finals: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """Returns the mean squared difference of the final latents of the same prompts."""
-    pairs = list(zip(finals, others, strict=True))
-    return sum(mean_square(a - b) for a, b in pairs) / len(pairs)
+def typical_distance(finals: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Returns the geometric mean, over the prompts, of the mean squared differences of the final
+    latents: the mean of their decibels, which one prompt that tips over does not decide."""
+    pairs = zip(finals, others, strict=True)
+    distances = np.array([mean_square(a - b) for a, b in pairs])
+    return float(np.exp(np.log(distances).mean())) if distances.all() else 0.0
 
 
 def scaled_to_trial(
@@ -51,56 +57,63 @@ def scaled_to_trial(
     loop: Loop,
     shallow: ShallowGraph,
     prompts: Sequence[Prompt],
-    full_finals: Sequence[Tensor],
     exact_finals: Sequence[Tensor],
     on_step: Callable[[], object] = lambda: None,
 ) -> ReuseTable:
-    """Returns a table whose prediction for a uniform plan is right.
+    """Returns a table whose prediction for a plan that computes little is right.
 
     Args:
         table: Of the loop's noise scheduler; its influence is scaled.
         loop: Of the full graph that ships.
         shallow: Its shallow graph.
         prompts: One or more.
-        full_finals: The final latents of the loop, every step full.
-        exact_finals: Those of the float denoiser.
+        exact_finals: The final latents of the float denoiser, every step full.
         on_step: Called after every step that is run, for progress bars.
     """
-    step_count = len(table.timesteps)
-    interval = min(table.max_gap + 1, max(2, step_count // _SEGMENTS))
-    schedule = CacheSchedule.uniform(step_count, interval)
-    predicted = table.final_error(table.reuse_errors().total(schedule)) - table.base_error
-    reusing = _Reusing(loop.full, shallow, table, schedule, len(loop.branches(prompts[0])))
-    finals = final_latents(replace(loop, full=reusing), prompts, on_step)
-    found = mean_distance(finals, exact_finals) - mean_distance(full_finals, exact_finals)
-    if predicted <= 0:
-        return table
-    share = float(np.clip(found / predicted, _LEAST_SHARE, _MOST_SHARE))
-    return replace(table, influence=table.influence * share)
+    # a step without the negative prompt cannot be run branch by branch
+    errors = replace(table.reuse_errors(), unguided=np.zeros((len(table.timesteps), 1)))
+    frontier = search_frontier(errors, dict(zip(Mode, _MODE_COSTS, strict=True)))
+    most = max(_FULL_STEPS, int(_FULL_SHARE * len(table.timesteps)))
+    thrifty = [s for s, _ in frontier if s.counts["full"] <= most]
+    schedule = thrifty[-1] if thrifty else frontier[0][0]
+    predicted = table.final_error(errors.total(schedule)) - table.base_error
+    planned = _Planned(loop, shallow, table, schedule, len(loop.branches(prompts[0])))
+    finals = final_latents(replace(loop, full=planned), prompts, on_step)
+    found = typical_distance(finals, exact_finals)
+    return replace(table, influence=table.influence * (found / predicted)) if predicted else table
 
 
 @dataclass(slots=True)
-class _Reusing:
-    """Stands for the full graph in a loop, and runs the shallow one where a schedule says so."""
+class _Planned:
+    """Stands for the full graph in a loop, and does what a schedule says instead."""
 
-    full: FullGraph
+    loop: Loop
     shallow: ShallowGraph
     table: ReuseTable
     schedule: CacheSchedule
     branches: int
     _calls: int = 0
     _features: dict[int, Tensor] = field(default_factory=dict)
+    _lines: dict[int, tuple[int, Forecast]] = field(default_factory=dict)
 
     def __call__(
         self, latents: Tensor, timestep: Tensor, embeddings: Tensor
     ) -> tuple[Tensor, Tensor]:
         visit, branch = divmod(self._calls, self.branches)
         step, self._calls = visit % len(self.schedule), self._calls + 1
-        if self.schedule.modes[step].is_full:
-            noise_pred, self._features[branch] = self.full(latents, timestep, embeddings)
+        sigma = self.loop.noise_scheduler.sigmas[step]
+        last, line = self._lines[branch] if step else (0, Forecast())
+        mode = self.schedule.modes[step]
+        if mode is Mode.SKIP:
+            slope = float(self.table.skip_slope[last, step - last])
+            return line.at(sigma, slope), self._features[branch]
+        if mode is Mode.FULL:
+            noise_pred, feature = self.loop.full(latents, timestep, embeddings)
+            self._features[branch] = feature
         else:
             correction = self.table.correction(self.schedule.anchors[step], step)
             given = map(torch.from_numpy, correction.inputs().values())
             feature = self._features[branch]
             noise_pred = self.shallow(latents, timestep, embeddings, feature, *given)
+        self._lines[branch] = step, line.after(sigma, noise_pred)
         return noise_pred, self._features[branch]

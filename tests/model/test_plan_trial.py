@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from cq_edge.cache_schedule import CacheSchedule
-from cq_edge.model.plan_trial import final_latents, mean_distance, scaled_to_trial
+from cq_edge.cache_schedule import Mode
+from cq_edge.frontier import search_frontier
+from cq_edge.model.plan_trial import final_latents, scaled_to_trial, typical_distance
 from cq_edge.model.trajectory import Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 from cq_edge.reuse_table import ReuseTable
@@ -32,13 +33,12 @@ def test_the_final_latents_are_what_each_run_ends_in_and_every_step_is_told():
         assert torch.equal(found, last.after)
 
 
-def test_the_base_error_is_the_mean_squared_distance_of_final_latents():
+def test_the_distance_of_final_latents_is_the_mean_of_their_decibels():
     few, many = (final_latents(_loop(steps), _PROMPTS) for steps in (4, 12))
     pairs = zip(few, many, strict=True)
-    expected = np.mean([np.square(x.numpy() - y.numpy()).mean() for x, y in pairs])
-    assert mean_distance(few, many) == pytest.approx(float(expected), rel=1e-5)
-    assert expected > 0
-    assert mean_distance(many, many) == 0
+    decibels = [np.log(np.square(x.numpy() - y.numpy()).mean()) for x, y in pairs]
+    assert typical_distance(few, many) == pytest.approx(float(np.exp(np.mean(decibels))), rel=1e-5)
+    assert typical_distance(many, many) == 0
 
 
 def _shallow(latents, timestep, embeddings, feature, gain, bias, output_gain, output_bias):
@@ -48,34 +48,61 @@ def _shallow(latents, timestep, embeddings, feature, gain, bias, output_gain, ou
     return _denoiser(corrected, timestep, embeddings)[0]
 
 
-def test_the_table_is_scaled_to_what_a_uniform_plan_really_errs_by():
-    steps, max_gap = 12, 3
-    rng = np.random.default_rng(0)
-    errors = rng.uniform(0.1, 1, (steps, max_gap + 1))
+def _table(steps, max_gap, skip):
+    """Of random errors; skips go half of the way along the line."""
+    errors = np.random.default_rng(0).uniform(0.1, 1, (steps, max_gap + 1))
     errors[:, 0] = 0
     ones, zeros = (x((steps, max_gap + 1, 4), np.float32) for x in (np.ones, np.zeros))
     never = np.zeros((steps, 1))
-    table = ReuseTable(
+    half = np.full(skip.shape, 0.5, np.float32)
+    return ReuseTable(
         "ddim", steps, 1.0, 0.125, np.linspace(900, 1, steps, dtype=np.float32), np.ones(steps),
-        errors, errors, never, never, *2 * [never.astype(np.float32)], *2 * [ones, zeros],
+        errors, errors, skip, never, half, never.astype(np.float32), *2 * [ones, zeros],
     )  # fmt: skip
-    loop = _loop(steps)
-    finals = final_latents(loop, _PROMPTS)
-    scaled = scaled_to_trial(table, loop, _shallow, _PROMPTS, finals, finals)
-    # by hand: every second step takes the latents of the step before it
-    distances = []
-    for number in range(len(_PROMPTS)):
-        latents, history, feature = None, (), None
-        for visit in loop.run(number, _PROMPTS[number]):
-            latents = visit.seen if latents is None else latents
-            timestep, scheduler = visit.timestep, loop.noise_scheduler
-            feature = feature if visit.step % 2 else latents
+
+
+def _by_hand(loop, number, modes):
+    """The final latents of a plan."""
+    scheduler, computed, feature = loop.noise_scheduler, [], None
+    visits = list(loop.run(number, _PROMPTS[number]))
+    latents, history = visits[0].seen, ()
+    for step, mode in enumerate(modes):
+        timestep, sigma = visits[step].timestep, scheduler.sigmas[step]
+        feature = latents if mode == "F" else feature
+        if mode == "K":
+            (before, first), (newest, last) = [(np.inf, computed[0][1]), *computed][-2:]
+            noise_pred = last + 0.5 * (sigma - newest) / (newest - before) * (last - first)
+        else:
             noise_pred = _denoiser(feature, timestep, None)[0]
-            latents, history = scheduler.advance(latents, noise_pred, visit.step, history)
-        distances.append(float((latents - finals[number]).square().mean()))
-    plan = CacheSchedule.uniform(steps, 2)
-    found = scaled.final_error(scaled.reuse_errors().total(plan)) - 0.125
-    assert found == pytest.approx(np.mean(distances), rel=1e-4)
+            computed.append((sigma, noise_pred))
+        latents, history = scheduler.advance(latents, noise_pred, step, history)
+    return latents
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_the_table_is_scaled_to_what_a_plan_really_errs_by(skips):
+    steps = 20
+    # skipping once costs nearly nothing, twice in a row much
+    skip = np.tile([0.0, 1e-6, 9.0], (steps, 1)) if skips else np.zeros((steps, 1))
+    table, loop = _table(steps, 3, skip), _loop(steps)
+    finals = final_latents(loop, _PROMPTS)
+    told = []
+    scaled = scaled_to_trial(table, loop, _shallow, _PROMPTS, finals, lambda: told.append(None))
+    assert len(told) == 2 * steps
     assert np.ptp(scaled.influence) == 0
-    nothing = replace(table, noise_pred=np.zeros_like(errors))
-    assert scaled_to_trial(nothing, loop, _shallow, _PROMPTS, finals, finals) is nothing
+    costs = dict(zip(Mode, (1, 0.1, 0, 0.5, 0.05), strict=True))
+    found = search_frontier(table.reuse_errors(), costs)
+    plans = [schedule for schedule, _ in found if schedule.counts["full"] <= 8]
+    modes = plans[-1].to_string()
+    assert ("K" in modes) == skips
+    distances = [(_by_hand(loop, n, modes) - finals[n]).square().mean() for n in range(2)]
+    expected = float(torch.stack(distances).log().mean().exp())
+    predicted = scaled.final_error(scaled.reuse_errors().total(plans[-1])) - 0.125
+    assert predicted == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_table_without_errors_is_left_as_it_is():
+    table, loop = _table(12, 3, np.zeros((12, 1))), _loop(12)
+    nothing = replace(table, noise_pred=np.zeros_like(table.noise_pred))
+    finals = final_latents(loop, _PROMPTS)
+    assert scaled_to_trial(nothing, loop, _shallow, _PROMPTS, finals) is nothing
