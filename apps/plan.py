@@ -79,12 +79,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace, bundle: Bundle) -> DeviceProfile:
-    entry = bundle.manifest.graph("denoise")
     if args.device_profile is None:
         profile = measure_graphs(engine_for(bundle, args.threads), bundle)
     else:
         profile = DeviceProfile.load(args.device_profile)
-        profile.require_graphs(entry.backend, bundle.manifest.files[entry.file].sha256)
+        profile.require_graphs(bundle.manifest.graph("denoise").backend, bundle.graphs_sha256())
     if args.save_profile is not None:
         profile.save(args.save_profile)
     return profile
