@@ -22,15 +22,19 @@ class Bundle:
         """Returns where one of the manifest's files lies."""
         return self.folder / relative
 
+    def graph_files(self) -> tuple[str, ...]:
+        """Returns the files of the graphs, those within packages too."""
+        graphs = {entry.file for entry in self.manifest.graphs.values()}
+        return tuple(
+            name
+            for name in sorted(self.manifest.files)
+            if any(name == graph or name.startswith(f"{graph}/") for graph in graphs)
+        )
+
     def graphs_sha256(self) -> str:
         """Returns the digest of the graphs: of their file, or where they are several files (as
         packages are) of the list of those files' digests."""
-        graphs = {entry.file for entry in self.manifest.graphs.values()}
-        digests = {
-            name: file.sha256
-            for name, file in sorted(self.manifest.files.items())
-            if any(name == graph or name.startswith(f"{graph}/") for graph in graphs)
-        }
+        digests = {name: self.manifest.files[name].sha256 for name in self.graph_files()}
         if len(digests) == 1:
             return next(iter(digests.values()))
         lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())

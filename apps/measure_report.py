@@ -1,0 +1,109 @@
+"""What `measure` found: a table on the screen, and one HTML file with plots."""
+
+import html
+from collections.abc import Callable, Mapping
+
+from apps.evaluate_report import STYLE, figure_png, image
+from cq_edge.latency import GRAPHS, DeviceProfile, GraphFigures
+from runtime.measure import counted_ms
+from runtime.measurement import Measurement
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+_COLUMNS: Mapping[str, Callable[[GraphFigures], str]] = {
+    "p10 ms": lambda row: _number(row.p10_ms),
+    "p50 ms": lambda row: _number(row.p50_ms),
+    "p90 ms": lambda row: _number(row.p90_ms),
+    "p99 ms": lambda row: _number(row.p99_ms),
+    "runs": lambda row: str(row.runs),
+    "load cold ms": lambda row: _number(row.load_ms.get("cold")),
+    "load warm ms": lambda row: _number(row.load_ms.get("warm")),
+    "peak MiB": lambda row: _number(row.peak_memory_mib),
+}
+_NOTES = (
+    "p10–p90 is the spread that is stated: half of it to each side of the median is what another "
+    "run of this command may differ by. Peak memory is what a graph adds to a fresh process, "
+    "measured in a pass of its own. Load: in a fresh process, its file on the disk (cold) or in "
+    "the system's cache (warm). There is no table per operator: ExecuTorch's wheel is built "
+    "without the event tracer."
+)
+
+
+def print_table(title: str, profile: DeviceProfile) -> None:
+    """Prints the figures and the conditions."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=title, title_justify="left")
+    for name in ("graph", *_COLUMNS):
+        table.add_column(name, justify="left" if name == "graph" else "right", no_wrap=True)
+    for graph in GRAPHS:
+        row = profile.figures[graph]
+        table.add_row(graph, *(cell(row) for cell in _COLUMNS.values()))
+    console.print(table)
+    print(f"beside its graphs a step takes {profile.step_ms:.3f} ms")
+    for key, value in profile.conditions.items():
+        print(f"{key.replace('_', ' ')}: {value}")
+
+
+def html_report(title: str, measurement: Measurement, profile: DeviceProfile) -> str:
+    """Returns the report; plots are inside it."""
+    conditions = "".join(
+        f"<tr><td>{html.escape(key.replace('_', ' '))}</td>"
+        f"<td style='text-align: left'>{html.escape(str(value))}</td></tr>"
+        for key, value in profile.conditions.items()
+    )
+    noisy = "" if profile.noise is None else f"<p><b>{html.escape(profile.noise)}</b>"
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>cq-edge measure: {html.escape(title)}</title>",
+        f"<style>{STYLE}</style><h1>cq-edge measure: {html.escape(title)}</h1>{noisy}",
+        _table(profile),
+        f"<p><small>{html.escape(_NOTES)}</small>",
+        "<h2>Every run</h2>",
+        image(_plot_runs(measurement)),
+    ]
+    if measurement.sustained:
+        parts += ["<h2>Without a pause</h2>", image(_plot_sustained(measurement))]
+    parts += ["<h2>Conditions</h2>", f"<table>{conditions}</table>"]
+    return "\n".join(parts) + "\n"
+
+
+def _table(profile: DeviceProfile) -> str:
+    lines = ["<table><tr>" + "".join(f"<th>{name}</th>" for name in ("graph", *_COLUMNS)) + "</tr>"]
+    for graph in GRAPHS:
+        cells = [graph, *(cell(profile.figures[graph]) for cell in _COLUMNS.values())]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def _plot_runs(measurement: Measurement) -> bytes:
+    """Returns a PNG: what each run took, run by run, and the share of runs below a time."""
+    from matplotlib.figure import Figure
+
+    times = counted_ms(measurement.runs)
+    figure = Figure(figsize=(3.2 * len(times), 5.5))
+    axes = figure.subplots(2, len(times))
+    for (above, below), (graph, taken) in zip(axes.T, times.items(), strict=True):
+        above.plot(taken, ".", markersize=3)
+        above.set(title=graph, xlabel="run", ylabel="ms", ylim=(0, None))
+        shares = [(i + 1) / len(taken) for i in range(len(taken))]
+        below.step(sorted(taken), shares, where="post")
+        below.set(xlabel="ms", ylabel="share of runs", ylim=(0, 1))
+        below.grid(alpha=0.3)
+    return figure_png(figure)
+
+
+def _plot_sustained(measurement: Measurement) -> bytes:
+    """Returns a PNG: what the full graph took over the seconds of the sustained run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3))
+    axis = figure.subplots()
+    axis.plot(*zip(*measurement.sustained, strict=True), ".", markersize=3)
+    axis.set(xlabel="s", ylabel="ms of denoise", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    return figure_png(figure)
