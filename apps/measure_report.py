@@ -14,21 +14,20 @@ def _number(value: float | None) -> str:
 
 
 _COLUMNS: Mapping[str, Callable[[GraphFigures], str]] = {
-    "p10 ms": lambda row: _number(row.p10_ms),
-    "p50 ms": lambda row: _number(row.p50_ms),
-    "p90 ms": lambda row: _number(row.p90_ms),
-    "p99 ms": lambda row: _number(row.p99_ms),
+    "p10": lambda row: _number(row.p10_ms),
+    "p50": lambda row: _number(row.p50_ms),
+    "p90": lambda row: _number(row.p90_ms),
+    "p99": lambda row: _number(row.p99_ms),
     "runs": lambda row: str(row.runs),
-    "load cold ms": lambda row: _number(row.load_ms.get("cold")),
-    "load warm ms": lambda row: _number(row.load_ms.get("warm")),
-    "peak MiB": lambda row: _number(row.peak_memory_mib),
+    "cold": lambda row: _number(row.load_ms.get("cold")),
+    "warm": lambda row: _number(row.load_ms.get("warm")),
+    "MiB": lambda row: _number(row.peak_memory_mib),
 }
 _NOTES = (
-    "p10–p90 is the spread that is stated: half of it to each side of the median is what another "
-    "run of this command may differ by. Peak memory is what a graph adds to a fresh process, "
-    "measured in a pass of its own. Load: in a fresh process, its file on the disk (cold) or in "
-    "the system's cache (warm). There is no table per operator: ExecuTorch's wheel is built "
-    "without the event tracer."
+    "Milliseconds of a run: quantiles, p10 to p90 is the spread. Milliseconds of loading the graph "
+    "in a fresh process, with its file on the disk (cold) or in the system's cache (warm). MiB: "
+    "what the graph adds to a fresh process at its peak, watched in a pass of its own. Runs are in "
+    "the order and company of a picture."
 )
 
 
@@ -38,7 +37,7 @@ def print_table(title: str, profile: DeviceProfile) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{title}, ms", title_justify="left")
     for name in ("graph", *_COLUMNS):
         table.add_column(name, justify="left" if name == "graph" else "right", no_wrap=True)
     for graph in GRAPHS:

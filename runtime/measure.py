@@ -87,7 +87,8 @@ def counted_ms(runs: Sequence[TimedRun]) -> dict[str, list[float]]:
 
 def figures(taken_ms: Sequence[float]) -> GraphFigures:
     """Returns the quantiles of a graph's runs, ms."""
-    p10, p50, p90, p99 = (float(q) for q in np.percentile(taken_ms, (10, 50, 90, 99)))
+    quantiles = np.percentile(taken_ms, (10, 50, 90, 99))
+    p10, p50, p90, p99 = (max(1e-5, round(float(q), 5)) for q in quantiles)
     return GraphFigures(p50, p10, p90, p99, runs=len(taken_ms))
 
 

@@ -52,14 +52,14 @@ class Measurement:
         rows = {
             graph: replace(
                 row,
-                load_ms=self.load_ms.get(graph, {}),
+                load_ms={k: round(ms, 4) for k, ms in self.load_ms.get(graph, {}).items()},
                 # a graph too small to move the process's peak has none
-                peak_memory_mib=self.peak_memory_mib.get(graph) or None,
+                peak_memory_mib=round(self.peak_memory_mib.get(graph, 0.0), 3) or None,
             )
             for graph, row in rows.items()
         }
         medians = {graph: row.p50_ms for graph, row in rows.items()}
-        given = (medians, self.step_ms, self._conditions(), rows)
+        given = (medians, round(self.step_ms, 5), self._conditions(), rows)
         return DeviceProfile(self.engine, self.graphs_sha256, *given)
 
     def _conditions(self) -> dict[str, Any]:
