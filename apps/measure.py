@@ -6,7 +6,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from apps.device_runs import measure_android
+from apps.android_runs import measure_android
+from apps.apple_runs import measure_ios, measure_operators
 from apps.engines import BACKENDS, ENGINES, has_coreml
 from apps.local_runs import measure_here
 from apps.measure_report import html_report, print_table
@@ -19,7 +20,7 @@ from runtime.conditions import machine_conditions
 from runtime.measurement import Measurement
 
 _EXIT_INTERRUPTED = 130
-_DEVICES = ("here", "android")
+_DEVICES = ("here", "android", "ios")
 
 _DESCRIPTION = """\
 Times every graph of a bundle: percentiles over runs in the order and company of a picture,
@@ -54,11 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "seconds a graph)")  # fmt: skip
     add("--sustain", type=_seconds, default=0.0, metavar="S", help="then run the full graph for "
         "S seconds and say how much slower it got")  # fmt: skip
+    add("--timing-only", action="store_true", help="leave out loading times and peak memory, which "
+        "take fresh processes")  # fmt: skip
     add("--device", choices=_DEVICES, default=_DEVICES[0], help="where to measure (default: "
-        "%(default)s; android: on a phone, over adb)")  # fmt: skip
+        "%(default)s; android: a phone, over adb; ios: an iPhone or iPad, from a Mac)")  # fmt: skip
     add("--runner", type=Path, metavar="PATH", help="for android: ExecuTorch's executor_runner, "
         "built for the phone (docs/measure.md)")  # fmt: skip
     add("--serial", metavar="SERIAL", help="for android: which phone, of several")
+    add("--team", metavar="ID", help="for ios: the Apple development team that signs coremltools' "
+        "runner app")  # fmt: skip
     add("--timeout", type=_seconds, default=600.0, metavar="S", help="for android: longest time "
         "of one run of the runner, in seconds (default: 600)")  # fmt: skip
 
@@ -78,9 +83,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.device == "android":
             measure_android(args, bundle, measurement)
+        elif args.device == "ios":
+            measure_ios(args, bundle, measurement)
         else:
-            make_engine = ENGINES[measurement.engine]
-            measure_here(args, bundle, measurement, make_engine)
+            measure_here(args, bundle, measurement, ENGINES[measurement.engine])
+            if measurement.engine == "coreml":
+                measure_operators(bundle, measurement)
     except KeyboardInterrupt:
         measurement.interrupted = True
         if not measurement.is_profile:
@@ -92,34 +100,55 @@ def run(args: argparse.Namespace) -> int:
 def _measurement(args: argparse.Namespace, bundle: Bundle) -> Measurement:
     """Returns the empty measurement, or refuses what cannot be measured here."""
     backend = bundle.manifest.graph("denoise").backend
-    other = [name for name in bundle.manifest.backends if name != backend]
-    cure = "--engine executorch" if "xnnpack" in other else "measure on macOS"
-    if args.device == "android":
-        if backend != "xnnpack":
-            raise UsageError(
-                f"{args.bundle} has {backend} graphs, which no phone of this kind runs: "
-                "android measures xnnpack graphs"
-            )
-        if args.runner is None:
-            raise UsageError(
-                "--device android needs --runner PATH: ExecuTorch's executor_runner, built for "
-                "the phone"
-            )
-        conditions: dict[str, str | int | float] = {}
-    else:
-        if args.runner is not None or args.serial is not None:
-            raise UsageError("--runner and --serial are for --device android")
-        if backend == "coreml" and not has_coreml():
-            raise UsageError(
-                f"{args.bundle} has coreml graphs, and this system has no Core ML: the times of "
-                f"the reference interpreter say nothing of a device; {cure}"
-            )
-        conditions = machine_conditions(backend, args.threads)
+    _check_options(args)
+    _check_engine(args, bundle, backend)
     sizes = ", ".join(
         f"{name} {bundle.manifest.files[name].bytes / 2**20:.2f} MiB"
         for name in bundle.graph_files()
     )
-    return Measurement(backend, bundle.graphs_sha256(), {"files": sizes, **conditions})
+    here = machine_conditions(backend, args.threads) if args.device == "here" else {}
+    return Measurement(backend, bundle.graphs_sha256(), {"files": sizes, **here})
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if args.device != "android" and (args.runner is not None or args.serial is not None):
+        raise UsageError("--runner and --serial are for --device android")
+    if args.device != "ios" and args.team is not None:
+        raise UsageError("--team is for --device ios")
+    if args.device == "android" and args.runner is None:
+        raise UsageError(
+            "--device android needs --runner PATH: ExecuTorch's executor_runner, built for the "
+            "phone"
+        )
+    if args.device == "ios" and not has_coreml():
+        raise UsageError(
+            "--device ios needs a Mac with Xcode, to which the iPhone or iPad is connected: this "
+            "system is none; copy the bundle there and measure from there"
+        )
+    if args.device == "ios" and args.team is None:
+        raise UsageError("--device ios needs --team ID: the Apple development team that signs "
+                         "coremltools' runner app")  # fmt: skip
+    if args.device == "ios" and args.sustain:
+        raise UsageError("--sustain is not for --device ios: coremltools runs no longer than asked")
+
+
+def _check_engine(args: argparse.Namespace, bundle: Bundle, backend: str) -> None:
+    """Refuses graphs of an engine that the device does not have."""
+    needs = {"android": "xnnpack", "ios": "coreml"}.get(args.device)
+    if needs is not None and backend != needs:
+        other = {"xnnpack": "executorch", "coreml": "coreml"}[needs]
+        cure = f"give --engine {other}" if needs in bundle.manifest.backends else (
+            f"build one with --backend {other}")  # fmt: skip
+        raise UsageError(
+            f"{args.bundle} has {backend} graphs, and --device {args.device} measures {needs} "
+            f"graphs: {cure}"
+        )
+    if args.device == "here" and backend == "coreml" and not has_coreml():
+        raise UsageError(
+            f"{args.bundle} has coreml graphs, and this system has no Core ML: the times of the "
+            "reference interpreter say nothing of a device; measure on macOS, or give --engine "
+            "executorch where the bundle has such graphs"
+        )
 
 
 def _report(args: argparse.Namespace, bundle: Bundle, measurement: Measurement) -> None:

@@ -23,6 +23,7 @@ _COLUMNS: Mapping[str, Callable[[GraphFigures], str]] = {
     "warm": lambda row: _number(row.load_ms.get("warm")),
     "MiB": lambda row: _number(row.peak_memory_mib),
 }
+_MOST_OPERATORS = 40  # that the report shows
 _NOTES = (
     "Milliseconds of a run: quantiles, p10 to p90 is the spread. Milliseconds of loading the graph "
     "in a fresh process, with its file on the disk (cold) or in the system's cache (warm). MiB: "
@@ -67,6 +68,11 @@ def html_report(title: str, measurement: Measurement, profile: DeviceProfile) ->
     ]
     if measurement.sustained:
         parts += ["<h2>Without a pause</h2>", image(_plot_sustained(measurement))]
+    if measurement.operators:
+        parts += [
+            "<h2>Operators, as Core ML's compute plan estimates them</h2>",
+            _operators(measurement),
+        ]
     parts += ["<h2>Conditions</h2>", f"<table>{conditions}</table>"]
     return "\n".join(parts) + "\n"
 
@@ -77,6 +83,15 @@ def _table(profile: DeviceProfile) -> str:
         cells = [graph, *(cell(profile.figures[graph]) for cell in _COLUMNS.values())]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return "\n".join([*lines, "</table>"])
+
+
+def _operators(measurement: Measurement) -> str:
+    rows = "".join(
+        f"<tr><td>{o.graph}</td><td>{html.escape(o.kind)}</td><td>{html.escape(o.unit)}</td>"
+        f"<td>{o.p50_ms:.4f}</td></tr>"
+        for o in measurement.operators[:_MOST_OPERATORS]
+    )
+    return f"<table><tr><th>graph<th>operator<th>unit<th>p50 ms</tr>{rows}</table>"
 
 
 def _plot_runs(measurement: Measurement) -> bytes:

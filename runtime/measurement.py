@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from cq_edge.latency import GRAPHS, DeviceProfile
+from runtime.coreml_benchmark import OperatorTime
 from runtime.measure import TimedRun, counted_ms, figures
 from runtime.noise import Noise
 from runtime.sustain import drift
@@ -23,6 +26,7 @@ class Measurement:
         load_ms: By graph: "cold" and "warm", as far as they were measured.
         peak_memory_mib: By graph.
         sustained: Runs of the full graph without a pause: when, in s, and what it took, in ms.
+        operators: What single operators take, where the engine tells.
         interrupted: Whether it ended before its time.
     """
 
@@ -35,6 +39,7 @@ class Measurement:
     load_ms: dict[str, dict[str, float]] = field(default_factory=dict)
     peak_memory_mib: dict[str, float] = field(default_factory=dict)
     sustained: list[tuple[float, float]] = field(default_factory=list)
+    operators: list[OperatorTime] = field(default_factory=list)
     interrupted: bool = False
 
     @property
@@ -61,6 +66,12 @@ class Measurement:
         medians = {graph: row.p50_ms for graph, row in rows.items()}
         given = (medians, round(self.step_ms, 5), self._conditions(), rows)
         return DeviceProfile(self.engine, self.graphs_sha256, *given)
+
+    def noise_of_runs(self) -> Noise:
+        """Returns the noise that the runs themselves tell, for devices that tell nothing else:
+        the full graph's runs are the work that is always the same."""
+        p50, p90 = np.percentile(counted_ms(self.runs)["denoise"], (50, 90))
+        return Noise(None, None, float(p90 / p50))
 
     def _conditions(self) -> dict[str, Any]:
         found = {**self.conditions, "complete": "no: interrupted" if self.interrupted else "yes"}

@@ -39,8 +39,8 @@ def test_the_profile_the_report_and_the_screen_hold_every_graph(home, capsys):
 
 
 def test_plan_and_generate_work_from_what_measure_wrote(home, capsys, monkeypatch):
-    monkeypatch.setattr("apps.local_runs._load", lambda *_: None)  # timing alone makes a profile
-    assert main(["measure", "bundle", "--rounds", "2", "--json", "-o", "here.json"]) == 0
+    words = ["--rounds", "2", "--timing-only", "--json", "-o", "here.json"]
+    assert main(["measure", "bundle", *words]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((home / "here.json").read_text())
     given = ["--device-profile", "here.json"]
@@ -80,9 +80,27 @@ def test_core_ml_is_not_measured_where_there_is_none(home, capsys, monkeypatch):
     assert main(["measure", "bundle"]) == 2
     err = capsys.readouterr().err
     assert "bundle has coreml graphs, and this system has no Core ML: the times of the " in err
-    assert err.endswith("say nothing of a device; measure on macOS\n")
     assert main(["measure", "bundle", "--device", "android", "--runner", "x"]) == 2
-    assert "bundle has coreml graphs, which no phone of this kind runs" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(
+        "bundle has coreml graphs, and --device android measures xnnpack graphs: build one with "
+        "--backend executorch\n"
+    )
+
+
+def test_an_iphone_is_measured_from_a_mac_only(home, capsys, monkeypatch):
+    del home
+    monkeypatch.setattr(measure_module, "has_coreml", lambda: False)
+    assert main(["measure", "bundle", "--device", "ios", "--team", "T"]) == 2
+    assert "--device ios needs a Mac with Xcode, to which" in capsys.readouterr().err
+    monkeypatch.setattr(measure_module, "has_coreml", lambda: True)
+    assert main(["measure", "bundle", "--device", "ios"]) == 2
+    assert "--device ios needs --team ID" in capsys.readouterr().err
+    assert main(["measure", "bundle", "--device", "ios", "--team", "T"]) == 2
+    assert "--device ios measures coreml graphs: build one with --backend coreml" in (
+        capsys.readouterr().err
+    )
+    assert main(["measure", "bundle", "--team", "T"]) == 2
+    assert "--team is for --device ios" in capsys.readouterr().err
 
 
 def interrupted(bundle, folder, words, stage):

@@ -15,7 +15,6 @@ from runtime.android import PhoneRunner, phone_conditions, runner_on_phone, ther
 from runtime.bundle import Bundle
 from runtime.measure import TimedRun, counted_ms
 from runtime.measurement import Measurement
-from runtime.noise import Noise
 
 _ROUNDS = 5
 _WARM_UP_RUNS, _RUNS = 2, 10  # of each call of the runner
@@ -39,11 +38,11 @@ def measure_android(args: argparse.Namespace, bundle: Bundle, measurement: Measu
             _time(runner, measurement, args.rounds or _ROUNDS)
         finally:
             if measurement.is_profile:
-                measurement.noise = Noise(None, None, _spread(measurement))
+                measurement.noise = measurement.noise_of_runs()
         if args.sustain:
             _sustain(runner, measurement, args.sustain)
         measurement.conditions["thermal_status_after"] = thermal_status(phone)
-        for graph in tqdm(GRAPHS, "memory", unit="graph"):
+        for graph in tqdm([] if args.timing_only else GRAPHS, "memory", unit="graph"):
             measurement.peak_memory_mib[graph] = runner.peak_memory_mib(graph)
 
 
@@ -71,9 +70,3 @@ def _sustain(runner: PhoneRunner, measurement: Measurement, for_s: float) -> Non
     told = runner.run("denoise", max(1, math.ceil(for_s * 1e3 / one_ms)))
     ends = np.cumsum(told.taken_ms) / 1e3
     measurement.sustained.extend(zip(ends.tolist(), told.taken_ms, strict=True))
-
-
-def _spread(measurement: Measurement) -> float:
-    """Returns p90 over p50 of the full graph's runs: always the same work."""
-    p50, p90 = np.percentile(counted_ms(measurement.runs)["denoise"], (50, 90))
-    return float(p90 / p50)
