@@ -8,6 +8,7 @@ from pathlib import Path
 
 from apps.android_runs import measure_android
 from apps.apple_runs import measure_ios, measure_operators
+from apps.block_times import measure_blocks
 from apps.engines import BACKENDS, ENGINES, has_coreml
 from apps.local_runs import measure_here
 from apps.measure_report import html_report, print_table
@@ -55,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "seconds a graph)")  # fmt: skip
     add("--sustain", type=_seconds, default=0.0, metavar="S", help="then run the full graph for "
         "S seconds and say how much slower it got")  # fmt: skip
+    add("--blocks", metavar="MODEL", help="also time the parts of the full graph, each exported "
+        "alone from the model the bundle was built of: a folder, hub id, or built-in")  # fmt: skip
     add("--timing-only", action="store_true", help="leave out loading times and peak memory, which "
         "take fresh processes")  # fmt: skip
     add("--device", choices=_DEVICES, default=_DEVICES[0], help="where to measure (default: "
@@ -87,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
             measure_ios(args, bundle, measurement)
         else:
             measure_here(args, bundle, measurement, ENGINES[measurement.engine])
+            if args.blocks is not None:
+                measurement.blocks.extend(measure_blocks(bundle, args.blocks))
             if measurement.engine == "coreml":
                 measure_operators(bundle, measurement)
     except KeyboardInterrupt:
@@ -113,6 +118,8 @@ def _measurement(args: argparse.Namespace, bundle: Bundle) -> Measurement:
 def _check_options(args: argparse.Namespace) -> None:
     if args.device != "android" and (args.runner is not None or args.serial is not None):
         raise UsageError("--runner and --serial are for --device android")
+    if args.blocks is not None and args.device != "here":
+        raise UsageError("--blocks is for this machine: leave --device out")
     if args.device != "ios" and args.team is not None:
         raise UsageError("--team is for --device ios")
     if args.device == "android" and args.runner is None:
@@ -143,6 +150,8 @@ def _check_engine(args: argparse.Namespace, bundle: Bundle, backend: str) -> Non
             f"{args.bundle} has {backend} graphs, and --device {args.device} measures {needs} "
             f"graphs: {cure}"
         )
+    if args.blocks is not None and backend != "xnnpack":
+        raise UsageError("--blocks is for xnnpack graphs: Core ML tells of its operators itself")
     if args.device == "here" and backend == "coreml" and not has_coreml():
         raise UsageError(
             f"{args.bundle} has coreml graphs, and this system has no Core ML: the times of the "
@@ -161,7 +170,7 @@ def _report(args: argparse.Namespace, bundle: Bundle, measurement: Measurement) 
     if args.json:
         print(json.dumps(profile.as_json()))
     else:
-        print_table(title, profile)
+        print_table(title, measurement, profile)
     warn = partial(print, "cq-edge: warning:", file=sys.stderr)
     if profile.noise is not None:
         warn(f"the machine was {profile.noise}: measure again when it is quiet")

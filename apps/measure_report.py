@@ -24,6 +24,7 @@ _COLUMNS: Mapping[str, Callable[[GraphFigures], str]] = {
     "MiB": lambda row: _number(row.peak_memory_mib),
 }
 _MOST_OPERATORS = 40  # that the report shows
+_BLOCKS_TITLE = "denoise, cut at block borders: each part exported and timed alone, ms"
 _NOTES = (
     "Milliseconds of a run: quantiles, p10 to p90 is the spread. Milliseconds of loading the graph "
     "in a fresh process, with its file on the disk (cold) or in the system's cache (warm). MiB: "
@@ -32,7 +33,7 @@ _NOTES = (
 )
 
 
-def print_table(title: str, profile: DeviceProfile) -> None:
+def print_table(title: str, measurement: Measurement, profile: DeviceProfile) -> None:
     """Prints the figures and the conditions."""
     from rich.console import Console
     from rich.table import Table
@@ -45,9 +46,28 @@ def print_table(title: str, profile: DeviceProfile) -> None:
         row = profile.figures[graph]
         table.add_row(graph, *(cell(row) for cell in _COLUMNS.values()))
     console.print(table)
+    if measurement.blocks:
+        blocks = Table(title=_BLOCKS_TITLE, title_justify="left")
+        for name in ("part", "p50", "share"):
+            blocks.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
+        for cells in _block_rows(measurement, profile):
+            blocks.add_row(*cells)
+        console.print(blocks)
     print(f"beside its graphs a step takes {profile.step_ms:.3f} ms")
     for key, value in profile.conditions.items():
         print(f"{key.replace('_', ' ')}: {value}")
+
+
+def _block_rows(measurement: Measurement, profile: DeviceProfile) -> list[tuple[str, str, str]]:
+    """Returns each part's time and its share of them all, then all against the whole graph."""
+    total_ms = sum(block.p50_ms for block in measurement.blocks)
+    rows = [(b.name, f"{b.p50_ms:.3f}", f"{b.p50_ms / total_ms:.1%}") for b in measurement.blocks]
+    whole_ms = profile.graphs_ms["denoise"]
+    return [
+        *rows,
+        ("all parts", f"{total_ms:.3f}", "100.0%"),
+        ("the whole graph", f"{whole_ms:.3f}", f"{whole_ms / total_ms:.1%}"),
+    ]
 
 
 def html_report(title: str, measurement: Measurement, profile: DeviceProfile) -> str:
@@ -68,6 +88,13 @@ def html_report(title: str, measurement: Measurement, profile: DeviceProfile) ->
     ]
     if measurement.sustained:
         parts += ["<h2>Without a pause</h2>", image(_plot_sustained(measurement))]
+    if measurement.blocks:
+        cells = "".join(
+            f"<tr><td>{name}</td><td>{taken}</td><td>{share}</td></tr>"
+            for name, taken, share in _block_rows(measurement, profile)
+        )
+        head = "<tr><th>part<th>p50 ms<th>share</tr>"
+        parts += [f"<h2>{_BLOCKS_TITLE}</h2><table>{head}{cells}</table>"]
     if measurement.operators:
         parts += [
             "<h2>Operators, as Core ML's compute plan estimates them</h2>",

@@ -12,6 +12,14 @@ from runtime.noise import Noise
 from runtime.sustain import drift
 
 
+@dataclass(frozen=True, slots=True)
+class BlockTime:
+    """The median of a part of the full graph, exported and timed alone."""
+
+    name: str
+    p50_ms: float
+
+
 @dataclass(slots=True)
 class Measurement:
     """Grows while a device is measured.
@@ -27,6 +35,7 @@ class Measurement:
         peak_memory_mib: By graph.
         sustained: Runs of the full graph without a pause: when, in s, and what it took, in ms.
         operators: What single operators take, where the engine tells.
+        blocks: The parts of the full graph, in the order they run, if they were asked for.
         interrupted: Whether it ended before its time.
     """
 
@@ -40,6 +49,7 @@ class Measurement:
     peak_memory_mib: dict[str, float] = field(default_factory=dict)
     sustained: list[tuple[float, float]] = field(default_factory=list)
     operators: list[OperatorTime] = field(default_factory=list)
+    blocks: list[BlockTime] = field(default_factory=list)
     interrupted: bool = False
 
     @property
