@@ -37,6 +37,7 @@ def test_every_weight_of_the_graph_lies_in_exactly_one_part(pipeline):
     assert sorted(counted) == sorted(id(p) for p in full.parameters())
 
 
+@pytest.mark.slow
 def test_the_parts_are_exported_and_timed_in_the_order_they_run(pipeline, fitting):
     blocks = measure_blocks(fitting, str(pipeline))
     names = [block.name for block in blocks]
