@@ -58,7 +58,7 @@ class PhoneRunner:
             DeviceError: As `run`.
         """
         # a process that has ended has no such line any more
-        watch = "while grep VmHWM /proc/$p/status 2>/dev/null; do sleep 0.01; done"
+        watch = "while grep VmHWM /proc/$p/status 2>/dev/null; do sleep 0.05; done"
         call = self._call(graph, _PEAK_RUNS)
         command = f"cd {self.folder} && {{ {call} & p=$!; echo $p > {_PID}; {watch}; wait $p; }}"
         said = self._checked(graph, f"sh -c {shlex.quote(command)}")

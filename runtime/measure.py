@@ -19,8 +19,8 @@ from runtime.denoise import Guidance, denoise
 from runtime.engine import Engine
 
 # the runs of a round, in the order and company in which a picture needs them: what ran just
-# before decides what lies in the caches (a full graph after a decoder takes up to half as long
-# again), so that a graph timed alone, or after any other, is another measurement
+# before decides what lies in the caches and which memory must be fetched again, so that a graph
+# timed alone, or in other company, is another measurement
 RUNS_PER_ROUND = {"encode": 2, "denoise": 4, "denoise_shallow": 4, "decode": 1}
 
 

@@ -59,12 +59,12 @@ def test_what_the_phone_tells_is_a_profile_to_plan_from(home, phone, measure, ca
 
 def test_a_real_program_runs_with_the_bundles_inputs(home, phone, measure, real_bundle):
     executorch_runner(home / "runner")
-    code, _, err = measure("--rounds", "1", "-o", "phone.json", bundle=real_bundle.folder)
+    words = ["--rounds", "1", "--timing-only", "-o", "phone.json"]
+    code, _, err = measure(*words, bundle=real_bundle.folder)
     assert code == 0, err
     profile = DeviceProfile.load(home / "phone.json")
     profile.require_graphs("xnnpack", open_bundle(real_bundle.folder).graphs_sha256())
     assert all(0 < taken < 50 for taken in profile.graphs_ms.values())
-    assert all(50 < profile.figures[g].peak_memory_mib < 2_000 for g in GRAPHS)  # torch's
     assert phone.files == []
 
 
