@@ -53,7 +53,7 @@ def _measure(args: argparse.Namespace) -> DeviceProfile:
 
 def _lines(profiles: Sequence[DeviceProfile], disturbed: DeviceProfile) -> list[str]:
     head = ["| run | " + " | ".join(f"{graph}, ms" for graph in GRAPHS) + " | the machine was |",
-            "| --- | " + "--- | " * (len(GRAPHS) + 1)]  # fmt: skip
+            "| --- |" + " --- |" * (len(GRAPHS) + 1)]  # fmt: skip
     rows = [_row(str(number), profile) for number, profile in enumerate(profiles, 1)]
     pairs = list(combinations(profiles, 2))
     agree = [
