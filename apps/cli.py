@@ -59,6 +59,12 @@ def _load_generate() -> Command:
     return generate
 
 
+def _load_measure() -> Command:
+    from apps import measure
+
+    return measure
+
+
 def _load_plan() -> Command:
     from apps import plan
 
@@ -79,6 +85,7 @@ def _load_verify() -> Command:
 
 _COMMANDS = {
     "build": _Entry("turn a pipeline into a bundle", _load_build),
+    "measure": _Entry("time a bundle's graphs on a device", _load_measure),
     "plan": _Entry("choose which steps run the full graph, for a budget of time", _load_plan),
     "generate": _Entry("make pictures from a bundle", _load_generate),
     "verify": _Entry("check a bundle's files and graphs again", _load_verify),

@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from apps.evaluate import Variant
 
 _SHOWN = 12  # captions of the contact sheet
@@ -24,7 +26,7 @@ _COLUMNS = {
     "psnr_db": "PSNR, dB",
     "ssim": "SSIM",
 }
-_STYLE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }
 table { border-collapse: collapse } td, th { padding: .25em .7em; text-align: right }
 tr { border-bottom: 1px solid #ddd } td:first-child, th:first-child { text-align: left }
@@ -39,12 +41,12 @@ def html_report(
     conditions = ", ".join(f"{key} {value}" for key, value in report["conditions"].items())
     parts = [
         "<!doctype html><meta charset=utf-8><title>cq-edge evaluate</title>",
-        f"<style>{_STYLE}</style><h1>cq-edge evaluate</h1>",
+        f"<style>{STYLE}</style><h1>cq-edge evaluate</h1>",
         f"<p><small>{html.escape(conditions)}</small>",
         _table(report["variants"]),
     ]
     if report["frontier"]:
-        parts += ["<h2>Quality against speed-up</h2>", _image(_plot(report["frontier"]))]
+        parts += ["<h2>Quality against speed-up</h2>", image(_plot(report["frontier"]))]
     parts += ["<h2>The same captions and seeds</h2>", _sheet(captions, variants)]
     return "\n".join(parts) + "\n"
 
@@ -69,12 +71,10 @@ def _cell(value: Any) -> str:
 
 def _plot(frontier: Sequence[Mapping[str, Any]]) -> bytes:
     """Returns a PNG: the change in CLIP score and the PSNR over the measured speed-up."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    figure = Figure(figsize=(11, 4))
+    axes = figure.subplots(1, 2)
     quality = (("clip_delta", "CLIP score − float32's"), ("psnr_db", "PSNR to float32, dB"))
     for axis, (key, title) in zip(axes, quality, strict=True):
         for name in dict.fromkeys(row["name"] for row in frontier):
@@ -83,11 +83,7 @@ def _plot(frontier: Sequence[Mapping[str, Any]]) -> bytes:
         axis.set(xlabel="loop speed-up over float32 at every step", ylabel=title)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.tight_layout()
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=90)
-    plt.close(figure)
-    return stream.getvalue()
+    return figure_png(figure)
 
 
 def _sheet(captions: Sequence[str], variants: "Sequence[Variant]") -> str:
@@ -95,7 +91,7 @@ def _sheet(captions: Sequence[str], variants: "Sequence[Variant]") -> str:
     lines = ["<table class=pictures>"]
     for variant in variants:
         pictures = "".join(
-            f'<td title="{html.escape(captions[i])}">{_image(_png(variant.pictures[i]))}</td>'
+            f'<td title="{html.escape(captions[i])}">{image(_png(variant.pictures[i]))}</td>'
             for i in shown
         )
         lines.append(f"<tr><td>{html.escape(variant.name)}</td>{pictures}</tr>")
@@ -109,5 +105,14 @@ def _png(picture: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
     return stream.getvalue()
 
 
-def _image(png: bytes) -> str:
+def figure_png(figure: "Figure") -> bytes:
+    """Returns a plot as a PNG; needs no screen."""
+    figure.tight_layout()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=90)
+    return stream.getvalue()
+
+
+def image(png: bytes) -> str:
+    """Returns the tag of a picture that lies in the page itself."""
     return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'

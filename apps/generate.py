@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -14,11 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from apps.device_profile import load_profile
 from apps.engines import BACKENDS, engine_for, has_coreml
 from apps.pictures import check_writable, output_paths, side_by_side, write_png
 from apps.plan_option import PLAN_HELP, choose_schedule
+from apps.whole_number import at_least
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import BundleError, UsageError
+from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NAMES, NoiseScheduler, make_noise_scheduler
 from cq_edge.planner import best_within_ms, plan_frontier
 from cq_edge.reuse_table import ReuseTable
@@ -85,9 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how strictly to follow the prompt; 1 is unguided and takes half the time "
         "(default: the bundle's)",
     )
-    add("--seed", type=_at_least(0), default=0, metavar="N", help="of the first picture of each "
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of the first picture of each "
         "prompt; the next ones count up (default: 0)")  # fmt: skip
-    add("--num-images", type=_at_least(1), default=1, metavar="N", help="pictures per prompt")
+    add("--num-images", type=at_least(1), default=1, metavar="N", help="pictures per prompt")
     add("--scheduler", choices=NAMES, help="the noise scheduler (default: the bundle's)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -102,12 +105,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the best plan that has the pictures done so many milliseconds each after the "
         "start; measures the graphs first, for a fraction of a second or a few runs",
     )
+    add("--device-profile", type=Path, metavar="FILE", help="for --budget-ms: times that `cq-edge "
+        "measure` or `plan --save-profile` wrote, instead of measuring now")  # fmt: skip
     add("-o", "--output", type=Path, metavar="PATH", help="a .png file, or a folder (default: a "
         "name made of the prompt, here)")  # fmt: skip
     add("--force", action="store_true", help="replace files that exist")
     add("--engine", choices=tuple(BACKENDS), help="which of the bundle's backends runs; off macOS, "
         "coreml is a slow reference interpreter (default: the bundle's first)")  # fmt: skip
-    add("--threads", type=_at_least(1), metavar="N", help="(default: one per core)")
+    add("--threads", type=at_least(1), metavar="N", help="(default: one per core)")
     add("--compare-full", action="store_true", help="also run the full graph at every step from "
         "the same seed; show both times, and both pictures side by side")  # fmt: skip
     add("--json", action="store_true", help="print one line of JSON, times in milliseconds over "
@@ -122,13 +127,15 @@ def run(args: argparse.Namespace) -> int:
     """
     start = perf_counter()
     bundle = _opened(args.bundle, args.engine)
+    profile = _profile(args, bundle)
     recipe = _recipe(bundle, args)
     jobs = _jobs(args)
     paths = [path for job in jobs for path in (job.path, job.beside_path) if path is not None]
     check_writable(paths, force=args.force)
     engine = engine_for(bundle, args.threads)
     if args.budget_ms is not None:
-        recipe = _within_budget(engine, bundle, recipe, args.budget_ms, len(jobs), start)
+        given = (args.budget_ms, len(jobs), start, profile)
+        recipe = _within_budget(engine, bundle, recipe, *given)
     guidance = _encode(engine, bundle, recipe, args.prompts)
     done = [_make(engine, bundle, recipe, guidance[job.prompt], job) for job in jobs]
     total_ms = (perf_counter() - start) * 1e3
@@ -147,6 +154,15 @@ def _opened(folder: Path, engine: str | None) -> Bundle:
             "slower than any device"
         )
     return bundle
+
+
+def _profile(args: argparse.Namespace, bundle: Bundle) -> DeviceProfile | None:
+    """Returns the profile that was given, if any."""
+    if args.device_profile is None:
+        return None
+    if args.budget_ms is None:
+        raise UsageError("--device-profile is for --budget-ms: give that too, or leave it out")
+    return load_profile(args.device_profile, bundle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +201,18 @@ def _recipe(bundle: Bundle, args: argparse.Namespace) -> _Recipe:
 
 
 def _within_budget(
-    engine: Engine, bundle: Bundle, recipe: _Recipe, budget_ms: float, pictures: int, start: float
+    engine: Engine,
+    bundle: Bundle,
+    recipe: _Recipe,
+    budget_ms: float,
+    pictures: int,
+    start: float,
+    profile: DeviceProfile | None,
 ) -> _Recipe:
     """Returns the recipe with the best plan for what is left of the budget, once it is known
-    how long the graphs take here."""
-    profile = measure_graphs(engine, bundle, at_most_s=_MEASURE_S)
+    how long the graphs take here: from a profile, or measured now."""
+    if profile is None:
+        profile = measure_graphs(engine, bundle, at_most_s=_MEASURE_S)
     branches = 1 if recipe.guidance_scale == 1 else 2
     frontier = plan_frontier(recipe.choices, profile, branches)
     spent_ms = (perf_counter() - start) * 1e3
@@ -357,19 +380,6 @@ def _report(
             "speedup": round(full_ms / ours_ms, 3),
         }
     print(json.dumps(result))
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    """Returns an argparse type: whole numbers from `least` up."""
-
-    def parse(text: str) -> int:
-        number = int(text)
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{number} is below {least}")
-        return number
-
-    parse.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
-    return parse
 
 
 def _quote(cut: str) -> str:

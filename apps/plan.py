@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from apps.device_profile import load_profile
 from apps.engines import engine_for
 from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NAMES
@@ -79,12 +80,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace, bundle: Bundle) -> DeviceProfile:
-    entry = bundle.manifest.graph("denoise")
     if args.device_profile is None:
         profile = measure_graphs(engine_for(bundle, args.threads), bundle)
     else:
-        profile = DeviceProfile.load(args.device_profile)
-        profile.require_graphs(entry.backend, bundle.manifest.files[entry.file].sha256)
+        profile = load_profile(args.device_profile, bundle)
     if args.save_profile is not None:
         profile.save(args.save_profile)
     return profile

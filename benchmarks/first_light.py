@@ -7,9 +7,7 @@ in one process, for each number of threads:
 """
 
 import argparse
-import platform
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +21,7 @@ from apps.plan_option import choose_schedule
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.metrics import psnr_db
 from runtime.bundle import Bundle, open_bundle
+from runtime.conditions import processor
 from runtime.draw import Method, draw
 from runtime.executorch_engine import ExecuTorchEngine
 from tools.demo import PROMPTS
@@ -134,7 +133,7 @@ def _rows(
 def _conditions(bundle: Bundle, runs: int) -> str:
     defaults, side = bundle.manifest.defaults, bundle.manifest.image_px.height
     return (
-        f"Conditions: {_processor()}, ExecuTorch XNNPACK, demo model, {side}×{side} px, "
+        f"Conditions: {processor()}, ExecuTorch XNNPACK, demo model, {side}×{side} px, "
         f"{defaults.noise_scheduler.upper()} {defaults.steps} steps, guidance "
         f"{defaults.guidance_scale:g}, {runs} runs of each side in turns in one process. "
         "The float32 graphs have the same rewrites."
@@ -154,18 +153,6 @@ def _apart(parts: list[NDArray[np.uint8]], axis: int) -> list[NDArray[np.uint8]]
     shape[axis] = _GAP_PX
     gap = np.full(shape, 255, np.uint8)
     return [piece for part in parts for piece in (part, gap)][:-1]
-
-
-def _processor() -> str:
-    for line in islice(_cpuinfo(), 200):
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     ├── ExportError        a graph cannot become a file
     │   └── ParityError    it became one that computes something else
     ├── BundleError        a bundle's folder, manifest or file is not what it should be
+    ├── DeviceError        a device is absent, full, or fails while it is measured
     ├── ScheduleError      steps, noise scheduler and cache schedule do not fit each other
     ├── CalibrationError   the measurements allow no correction or plan
     ├── UsageError         an argument turns out to be wrong after it was parsed
@@ -32,6 +33,10 @@ class ParityError(ExportError):
 
 class BundleError(CQEdgeError):
     """A bundle's folder, manifest or file is not what it should be."""
+
+
+class DeviceError(CQEdgeError):
+    """A device is absent, full, or fails while it is measured."""
 
 
 class ScheduleError(CQEdgeError):

@@ -1,5 +1,6 @@
 """Opens a bundle's folder: what it holds, checked before anything runs."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -20,6 +21,24 @@ class Bundle:
     def path(self, relative: str) -> Path:
         """Returns where one of the manifest's files lies."""
         return self.folder / relative
+
+    def graph_files(self) -> tuple[str, ...]:
+        """Returns the files of the graphs, those within packages too."""
+        graphs = {entry.file for entry in self.manifest.graphs.values()}
+        return tuple(
+            name
+            for name in sorted(self.manifest.files)
+            if any(name == graph or name.startswith(f"{graph}/") for graph in graphs)
+        )
+
+    def graphs_sha256(self) -> str:
+        """Returns the digest of the graphs: of their file, or where they are several files (as
+        packages are) of the list of those files' digests."""
+        digests = {name: self.manifest.files[name].sha256 for name in self.graph_files()}
+        if len(digests) == 1:
+            return next(iter(digests.values()))
+        lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+        return hashlib.sha256(lines.encode()).hexdigest()
 
     def for_backend(self, backend: str) -> Self:
         """Returns the bundle as if it had been built for this backend alone.

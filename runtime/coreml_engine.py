@@ -10,7 +10,8 @@ from cq_edge.errors import BundleError
 from runtime.bundle import Bundle
 from runtime.graph_arrays import check_inputs, named_outputs
 
-_SOLE = "main"  # what Core ML calls the function of a package that has one
+SOLE = "main"
+"""What Core ML calls the function of a package that has one."""
 
 
 class CoreMLEngine:
@@ -35,7 +36,7 @@ class CoreMLEngine:
         if graph in self._models:
             return
         entry = self._bundle.manifest.graph(graph)
-        function = None if entry.method == _SOLE else entry.method
+        function = None if entry.method == SOLE else entry.method
         try:
             import coremltools
 
@@ -55,10 +56,8 @@ class CoreMLEngine:
         entry = self._bundle.manifest.graph(graph)
         check_inputs(graph, entry, inputs)
         self.load(graph)
-        # Core ML has no int64
-        given = {n: a.astype(np.int32) if a.dtype == np.int64 else a for n, a in inputs.items()}
         try:
-            found = self._models[graph].predict(given)
+            found = self._models[graph].predict(without_int64(inputs))
         except Exception as error:
             raise BundleError(f"{entry.file}: {entry.method!r} failed: {error}") from error
         return named_outputs(entry, [found[o.name] for o in entry.outputs if o.name in found])
@@ -66,3 +65,8 @@ class CoreMLEngine:
     def unload(self, graph: str) -> None:
         """Frees a graph, where it is loaded."""
         self._models.pop(graph, None)
+
+
+def without_int64(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Returns the arrays as Core ML takes them: it has no int64."""
+    return {n: a.astype(np.int32) if a.dtype == np.int64 else a for n, a in inputs.items()}

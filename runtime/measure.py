@@ -1,5 +1,8 @@
 """Times a bundle's graphs on the machine that it is to run on."""
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -8,61 +11,127 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import CacheSchedule
-from cq_edge.latency import DeviceProfile
+from cq_edge.latency import GRAPHS, DeviceProfile, GraphFigures
 from cq_edge.manifest import TensorSpec
 from cq_edge.noise_scheduler import make_noise_scheduler
 from runtime.bundle import Bundle
 from runtime.denoise import Guidance, denoise
 from runtime.engine import Engine
 
-_WARM_UP_RUNS = 2
+# the runs of a round, in the order and company in which a picture needs them: what ran just
+# before decides what lies in the caches and which memory must be fetched again, so that a graph
+# timed alone, or in other company, is another measurement
+RUNS_PER_ROUND = {"encode": 2, "denoise": 4, "denoise_shallow": 4, "decode": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class TimedRun:
+    """One run of a graph.
+
+    Attributes:
+        round_index: Rounds count from 0, which warms up.
+        graph: Its name.
+        taken_ms: Wall time, from arrays in to arrays out.
+    """
+
+    round_index: int
+    graph: str
+    taken_ms: float
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether it does not count."""
+        return self.round_index == 0
+
+
+def timed_runs(
+    engine: Engine, bundle: Bundle, *, rounds: int, at_most_s: float = math.inf
+) -> Iterator[TimedRun]:
+    """Runs all graphs in rounds, so that what slows the machine for a while slows all alike.
+
+    Args:
+        engine: Runs them; keeps them loaded.
+        bundle: Whose graphs they are.
+        rounds: After one to warm up; see `RUNS_PER_ROUND`.
+        at_most_s: A graph that has run this long, warm-up included, is left out of what follows;
+            each runs once at least.
+
+    Returns:
+        An iterator of the runs as they are done. Stopping early is allowed.
+    """
+    inputs = {graph: sample_inputs(bundle, graph) for graph in GRAPHS}
+    for graph in inputs:
+        engine.load(graph)
+    spent_ms = dict.fromkeys(inputs, 0.0)
+    for index in range(1 + rounds):
+        for graph in inputs:
+            for _ in range(RUNS_PER_ROUND[graph]):
+                if spent_ms[graph] > at_most_s * 1e3:
+                    break
+                start = perf_counter()
+                engine.run(graph, inputs[graph])
+                taken_ms = (perf_counter() - start) * 1e3
+                spent_ms[graph] += taken_ms
+                yield TimedRun(index, graph, taken_ms)
+
+
+def counted_ms(runs: Sequence[TimedRun]) -> dict[str, list[float]]:
+    """Returns the milliseconds of the runs that count, by graph; a graph that was too slow for
+    more than the warm-up counts with its last run of it."""
+    times: dict[str, list[float]] = {}
+    for graph in dict.fromkeys(run.graph for run in runs):
+        own = [run for run in runs if run.graph == graph]
+        times[graph] = [run.taken_ms for run in own if not run.warms_up] or [own[-1].taken_ms]
+    return times
+
+
+def figures(taken_ms: Sequence[float]) -> GraphFigures:
+    """Returns the quantiles of a graph's runs, ms."""
+    quantiles = np.percentile(taken_ms, (10, 50, 90, 99))
+    p10, p50, p90, p99 = (max(1e-5, round(float(q), 5)) for q in quantiles)
+    return GraphFigures(p50, p10, p90, p99, runs=len(taken_ms))
 
 
 def measure_graphs(
-    engine: Engine, bundle: Bundle, *, runs: int = 9, at_most_s: float = 2.0
+    engine: Engine, bundle: Bundle, *, rounds: int = 5, at_most_s: float = 2.0
 ) -> DeviceProfile:
     """Returns the median milliseconds of each graph, loading apart.
 
     Args:
         engine: Runs them; keeps them loaded.
         bundle: Whose graphs they are.
-        runs: Of each graph, after two to warm up.
-        at_most_s: A graph that takes long is run less often: to about this many seconds, once
-            at least.
+        rounds: See `timed_runs`.
+        at_most_s: Likewise.
     """
-    medians = {}
-    for graph, entry in bundle.manifest.graphs.items():
-        inputs = {spec.name: _sample(spec) for spec in entry.inputs}
-        engine.load(graph)
-        taken: list[float] = []
-        start = perf_counter()
-        while len(taken) < _WARM_UP_RUNS + runs:
-            before = perf_counter()
-            engine.run(graph, inputs)
-            taken.append((perf_counter() - before) * 1e3)
-            if perf_counter() - start > at_most_s:
-                break
-        medians[graph] = median(taken[_WARM_UP_RUNS:] or taken[-1:])
-    entry = bundle.manifest.graph("denoise")
-    digest = bundle.manifest.files[entry.file].sha256
-    step_ms = _step_ms(engine, bundle)
-    return DeviceProfile(entry.backend, digest, medians, step_ms, {"runs": runs})
+    times = counted_ms(list(timed_runs(engine, bundle, rounds=rounds, at_most_s=at_most_s)))
+    return DeviceProfile(
+        bundle.manifest.graph("denoise").backend,
+        bundle.graphs_sha256(),
+        {graph: median(taken) for graph, taken in times.items()},
+        step_ms(engine, bundle),
+        {"rounds": rounds},
+    )
 
 
-def _step_ms(engine: Engine, bundle: Bundle) -> float:
+def step_ms(engine: Engine, bundle: Bundle) -> float:
     """Returns what a step takes beside its graphs: the median of steps that run none."""
     defaults, schedule = bundle.manifest.defaults, bundle.manifest.noise_schedule
     noise_scheduler = make_noise_scheduler(defaults.noise_scheduler, defaults.steps, schedule)
     modes = "F" + "K" * (len(noise_scheduler.timesteps) - 1)
-    inputs = {spec.name: _sample(spec) for spec in bundle.manifest.graph("denoise").inputs}
+    inputs = sample_inputs(bundle, "denoise")
     guidance = Guidance(inputs["embeddings"], inputs["embeddings"], 2.0)
     cache_schedule = CacheSchedule.from_string(modes)
     records = denoise(engine, noise_scheduler, cache_schedule, inputs["latents"], guidance)
     return median([record.elapsed_ms for record in records][1:] or [0.0])
 
 
+def sample_inputs(bundle: Bundle, graph: str) -> Mapping[str, NDArray[Any]]:
+    """Returns noise of the shapes of a graph's inputs; indices are 0, which every vocabulary
+    has."""
+    return {spec.name: _sample(spec) for spec in bundle.manifest.graph(graph).inputs}
+
+
 def _sample(spec: TensorSpec) -> NDArray[Any]:
-    """Returns noise of a tensor's shape; indices are 0, which every vocabulary has."""
     if spec.dtype == "int64":
         return np.zeros(spec.shape, np.int64)
     return np.random.default_rng(0).standard_normal(spec.shape).astype(spec.dtype)

@@ -1,9 +1,11 @@
 import time
 
+import numpy as np
 import pytest
 
 from runtime.bundle import open_bundle
-from runtime.measure import measure_graphs
+from runtime.measure import RUNS_PER_ROUND, TimedRun, counted_ms, figures, measure_graphs
+from runtime.sustain import drift, sustained_runs
 from tests.tiny_bundle import FakeEngine, write_bundle
 
 
@@ -27,11 +29,15 @@ def bundle(tmp_path):
     return open_bundle(tmp_path / "bundle")
 
 
-def test_every_graph_is_timed_with_inputs_of_its_shapes(bundle):
+def test_every_graph_is_timed_with_inputs_of_its_shapes_in_the_company_of_a_picture(bundle):
     engine = Paced()
-    profile = measure_graphs(engine, bundle, runs=3)
-    # once more of the full graph, guided, before the steps that run no graph
-    assert engine.runs == {**dict.fromkeys(bundle.manifest.graphs, 2 + 3), "denoise": 2 + 3 + 2}
+    profile = measure_graphs(engine, bundle, rounds=3)
+    # four rounds, and once more the full graph, guided, before the steps that run no graph
+    expected = {graph: 4 * runs for graph, runs in RUNS_PER_ROUND.items()}
+    assert engine.runs == {**expected, "denoise": expected["denoise"] + 2}
+    assert engine.calls[:11] == ["encode"] * 2 + ["denoise"] * 4 + ["denoise_shallow"] * 4 + [
+        "decode"
+    ]
     assert 0 < profile.step_ms < 20
     assert profile.graphs_ms["denoise"] >= 20
     assert profile.graphs_ms["denoise_shallow"] < profile.graphs_ms["denoise"]
@@ -40,6 +46,30 @@ def test_every_graph_is_timed_with_inputs_of_its_shapes(bundle):
 
 def test_a_slow_graph_is_run_less_often(bundle):
     engine = Paced()
-    measure_graphs(engine, bundle, runs=100, at_most_s=0.07)
+    measure_graphs(engine, bundle, rounds=30, at_most_s=0.07)
     assert 1 <= engine.runs["denoise"] <= 5 + 2
     assert engine.runs["encode"] > engine.runs["denoise"]
+
+
+def test_the_first_round_does_not_count_unless_it_is_all_there_is():
+    runs = [TimedRun(0, "encode", 9.0), TimedRun(0, "encode", 8.0), TimedRun(1, "encode", 2.0)]
+    assert counted_ms(runs) == {"encode": [2.0]}
+    assert counted_ms(runs[:2]) == {"encode": [8.0]}
+
+
+def test_quantiles_are_numpys():
+    taken = np.random.default_rng(0).uniform(1, 9, 101)
+    row = figures(taken.tolist())
+    found = (row.p10_ms, row.p50_ms, row.p90_ms, row.p99_ms)
+    assert np.allclose(found, np.quantile(taken, (0.1, 0.5, 0.9, 0.99)), atol=1e-5)
+    assert row.runs == 101
+
+
+def test_a_sustained_run_ends_in_time_and_tells_drift(bundle):
+    runs = list(sustained_runs(Paced(), bundle, 0.3))
+    assert 5 <= len(runs) <= 15
+    assert 0.3 <= runs[-1][0] < 0.5
+    assert all(taken_ms >= 20 for _, taken_ms in runs)
+    slowing = [(float(i), 10.0 if i < 10 else 13.0) for i in range(20)]
+    assert drift(slowing) == pytest.approx(1.3)
+    assert drift(slowing[:9]) is None

@@ -1,0 +1,148 @@
+"""Which part of the full graph takes how long: sub-graphs cut at block borders, each timed alone.
+
+The wheel of ExecuTorch tells nothing of single operators (it is built without the event tracer),
+so the model is cut again, every part exported as a graph of its own and timed. What the parts
+take together is not what the whole takes: each copies its inputs and outputs, and nothing is
+fused across a border.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from apps.quiet import quiet_toolchains
+from cq_edge.errors import UsageError
+from runtime.bundle import Bundle
+from runtime.measurement import BlockTime
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from torch import nn
+
+    from cq_edge.model.split import FullUNet, Layer
+
+_ROUNDS = 20
+_BUILT_IN = "built-in"
+_DTYPE = "float32"
+
+
+def measure_blocks(bundle: Bundle, model: str) -> list[BlockTime]:
+    """Returns the median of each part, in the order in which they run.
+
+    Args:
+        bundle: What was built of the model; says how it was quantised. Layers of four bits are
+            timed at eight.
+        model: As `cq-edge build` takes it; "built-in" is the demo model.
+
+    Raises:
+        UsageError: The model's latents or embeddings are not those of the bundle's graphs.
+        ModelError: It cannot be loaded.
+        ExportError: A part cannot become a graph.
+    """
+    with quiet_toolchains():
+        from cq_edge.model.load import load_pipeline
+        from cq_edge.model.optimize import OptimizeConfig, optimize
+
+        pipeline = load_pipeline(None if model == _BUILT_IN else model)
+        _check_same(bundle, pipeline, model)
+        quantization = str(bundle.manifest.conditions.get("quantization", "int8"))
+        optimized = optimize(pipeline, OptimizeConfig(prompts=("",), quantization=quantization))
+        full: Any = optimized.edge["denoise"]
+        with tempfile.TemporaryDirectory() as folder:
+            runs = _exported(full, bundle, Path(folder))
+            return _time(runs)
+
+
+def _check_same(bundle: Bundle, pipeline: "StableDiffusionPipeline", model: str) -> None:
+    specs = {spec.name: spec.shape for spec in bundle.manifest.graph("denoise").inputs}
+    config = pipeline.unet.config
+    latents = (1, config.in_channels, config.sample_size, config.sample_size)
+    found = (latents, config.cross_attention_dim)
+    expected = (specs["latents"], specs["embeddings"][-1])
+    if found != expected:
+        raise UsageError(
+            f"--blocks {model} has latents {latents} and embeddings of {found[1]}, but the bundle "
+            f"was built of a model with {expected[0]} and {expected[1]}: name that one"
+        )
+
+
+def _exported(full: "FullUNet", bundle: Bundle, folder: Path) -> dict[str, Callable[[], object]]:
+    """Returns a function per part that runs its graph once on what flows there."""
+    from cq_edge.manifest import TensorSpec
+    from exporters.graph_spec import GraphSpec
+    from exporters.to_executorch import export_executorch, load_graph
+
+    modules = _with_inputs(full, bundle)
+    path = folder / "blocks.pte"
+    export_executorch(modules, path)
+    runs: dict[str, Callable[[], object]] = {}
+    for name, (module, inputs) in modules.items():
+        specs = tuple(TensorSpec(f"x{i}", tuple(t.shape), _DTYPE) for i, t in enumerate(inputs))
+        out = TensorSpec("y", tuple(module(*inputs).shape), _DTYPE)
+        graph = load_graph(path, GraphSpec(name, specs, (out,)))
+        arrays = {spec.name: t.numpy() for spec, t in zip(specs, inputs, strict=True)}
+        runs[name] = lambda graph=graph, arrays=arrays: graph(arrays)  # type: ignore[misc]
+    return runs
+
+
+def _with_inputs(
+    full: "FullUNet", bundle: Bundle
+) -> dict[str, tuple["nn.Module", tuple[Any, ...]]]:
+    """Returns every part with what reaches it in one run of the whole."""
+    import torch
+
+    from runtime.measure import sample_inputs
+
+    parts = dict(_parts(full))
+    seen: dict[str, tuple[Any, ...]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: object, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            tensors = [x for x in (*inputs, *named.values()) if isinstance(x, torch.Tensor)]
+            seen[name] = tuple(t.clone() for t in tensors)
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(keep(n), with_kwargs=True) for n, m in parts.items()]
+    given = [torch.from_numpy(a.copy()) for a in sample_inputs(bundle, "denoise").values()]
+    with torch.no_grad():
+        full(*given)
+    for hook in hooks:
+        hook.remove()
+    return {name: (module, seen[name]) for name, module in parts.items()}
+
+
+def _parts(full: "FullUNet") -> Iterator[tuple[str, "nn.Module"]]:
+    """Yields the parts that one tensor or more enter and one leaves, in the order they run."""
+    yield "time", full.time
+    yield "conv_in", full.conv_in
+    stages: list[tuple[str, Any]] = [(f"down_{i}", stage) for i, stage in enumerate(full.down)]
+    stages += [("mid", full.mid), *((f"up_{i}", stage) for i, stage in enumerate(full.up))]
+    for name, stage in stages:
+        for index, layer in enumerate(stage.layers):
+            yield f"{name}_layer_{index}", _without_unread(layer)
+        if stage.resampler is not None:
+            yield f"{name}_resample", stage.resampler
+    for index, layer in enumerate(full.outer):
+        yield f"outer_layer_{index}", _without_unread(layer)  # type: ignore[arg-type]
+    yield "head", full.head
+
+
+def _without_unread(layer: "Layer") -> "nn.Module":
+    """Returns a layer, or its resnet alone where no attention reads the embeddings."""
+    return layer if layer.attention is not None else layer.resnet
+
+
+def _time(runs: dict[str, Callable[[], object]]) -> list[BlockTime]:
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(1 + _ROUNDS), "blocks", unit="round"):  # the first round warms up
+        for name, run in runs.items():
+            start = perf_counter()
+            run()
+            taken[name].append((perf_counter() - start) * 1e3)
+    return [BlockTime(name, median(times[1:])) for name, times in taken.items()]

@@ -1,0 +1,150 @@
+"""What `measure` found: a table on the screen, and one HTML file with plots."""
+
+import html
+from collections.abc import Callable, Mapping
+
+from apps.evaluate_report import STYLE, figure_png, image
+from cq_edge.latency import GRAPHS, DeviceProfile, GraphFigures
+from runtime.measure import counted_ms
+from runtime.measurement import Measurement
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+_COLUMNS: Mapping[str, Callable[[GraphFigures], str]] = {
+    "p10": lambda row: _number(row.p10_ms),
+    "p50": lambda row: _number(row.p50_ms),
+    "p90": lambda row: _number(row.p90_ms),
+    "p99": lambda row: _number(row.p99_ms),
+    "runs": lambda row: str(row.runs),
+    "cold": lambda row: _number(row.load_ms.get("cold")),
+    "warm": lambda row: _number(row.load_ms.get("warm")),
+    "MiB": lambda row: _number(row.peak_memory_mib),
+}
+_MOST_OPERATORS = 40  # that the report shows
+_BLOCKS_TITLE = "denoise, cut at block borders: each part exported and timed alone, ms"
+_NOTES = (
+    "Milliseconds of a run: quantiles, p10 to p90 is the spread. Milliseconds of loading the graph "
+    "in a fresh process, with its file on the disk (cold) or in the system's cache (warm). MiB: "
+    "what the graph adds to a fresh process at its peak, watched in a pass of its own. Runs are in "
+    "the order and company of a picture."
+)
+
+
+def print_table(title: str, measurement: Measurement, profile: DeviceProfile) -> None:
+    """Prints the figures and the conditions."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{title}, ms", title_justify="left")
+    for name in ("graph", *_COLUMNS):
+        table.add_column(name, justify="left" if name == "graph" else "right", no_wrap=True)
+    for graph in GRAPHS:
+        row = profile.figures[graph]
+        table.add_row(graph, *(cell(row) for cell in _COLUMNS.values()))
+    console.print(table)
+    if measurement.blocks:
+        blocks = Table(title=_BLOCKS_TITLE, title_justify="left")
+        for name in ("part", "p50", "share"):
+            blocks.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
+        for cells in _block_rows(measurement, profile):
+            blocks.add_row(*cells)
+        console.print(blocks)
+    print(f"beside its graphs a step takes {profile.step_ms:.3f} ms")
+    for key, value in profile.conditions.items():
+        print(f"{key.replace('_', ' ')}: {value}")
+
+
+def _block_rows(measurement: Measurement, profile: DeviceProfile) -> list[tuple[str, str, str]]:
+    """Returns each part's time and its share of them all, then all against the whole graph."""
+    total_ms = sum(block.p50_ms for block in measurement.blocks)
+    rows = [(b.name, f"{b.p50_ms:.3f}", f"{b.p50_ms / total_ms:.1%}") for b in measurement.blocks]
+    whole_ms = profile.graphs_ms["denoise"]
+    return [
+        *rows,
+        ("all parts", f"{total_ms:.3f}", "100.0%"),
+        ("the whole graph", f"{whole_ms:.3f}", f"{whole_ms / total_ms:.1%}"),
+    ]
+
+
+def html_report(title: str, measurement: Measurement, profile: DeviceProfile) -> str:
+    """Returns the report; plots are inside it."""
+    conditions = "".join(
+        f"<tr><td>{html.escape(key.replace('_', ' '))}</td>"
+        f"<td style='text-align: left'>{html.escape(str(value))}</td></tr>"
+        for key, value in profile.conditions.items()
+    )
+    noisy = "" if profile.noise is None else f"<p><b>{html.escape(profile.noise)}</b>"
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>cq-edge measure: {html.escape(title)}</title>",
+        f"<style>{STYLE}</style><h1>cq-edge measure: {html.escape(title)}</h1>{noisy}",
+        _table(profile),
+        f"<p><small>{html.escape(_NOTES)}</small>",
+        "<h2>Every run</h2>",
+        image(_plot_runs(measurement)),
+    ]
+    if measurement.sustained:
+        parts += ["<h2>Without a pause</h2>", image(_plot_sustained(measurement))]
+    if measurement.blocks:
+        cells = "".join(
+            f"<tr><td>{name}</td><td>{taken}</td><td>{share}</td></tr>"
+            for name, taken, share in _block_rows(measurement, profile)
+        )
+        head = "<tr><th>part<th>p50 ms<th>share</tr>"
+        parts += [f"<h2>{_BLOCKS_TITLE}</h2><table>{head}{cells}</table>"]
+    if measurement.operators:
+        parts += [
+            "<h2>Operators, as Core ML's compute plan estimates them</h2>",
+            _operators(measurement),
+        ]
+    parts += ["<h2>Conditions</h2>", f"<table>{conditions}</table>"]
+    return "\n".join(parts) + "\n"
+
+
+def _table(profile: DeviceProfile) -> str:
+    lines = ["<table><tr>" + "".join(f"<th>{name}</th>" for name in ("graph", *_COLUMNS)) + "</tr>"]
+    for graph in GRAPHS:
+        cells = [graph, *(cell(profile.figures[graph]) for cell in _COLUMNS.values())]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def _operators(measurement: Measurement) -> str:
+    rows = "".join(
+        f"<tr><td>{o.graph}</td><td>{html.escape(o.kind)}</td><td>{html.escape(o.unit)}</td>"
+        f"<td>{o.p50_ms:.4f}</td></tr>"
+        for o in measurement.operators[:_MOST_OPERATORS]
+    )
+    return f"<table><tr><th>graph<th>operator<th>unit<th>p50 ms</tr>{rows}</table>"
+
+
+def _plot_runs(measurement: Measurement) -> bytes:
+    """Returns a PNG: what each run took, run by run, and the share of runs below a time."""
+    from matplotlib.figure import Figure
+
+    times = counted_ms(measurement.runs)
+    figure = Figure(figsize=(3.2 * len(times), 5.5))
+    axes = figure.subplots(2, len(times))
+    for (above, below), (graph, taken) in zip(axes.T, times.items(), strict=True):
+        above.plot(taken, ".", markersize=3)
+        above.set(title=graph, xlabel="run", ylabel="ms", ylim=(0, None))
+        shares = [(i + 1) / len(taken) for i in range(len(taken))]
+        below.step(sorted(taken), shares, where="post")
+        below.set(xlabel="ms", ylabel="share of runs", ylim=(0, 1))
+        below.grid(alpha=0.3)
+    return figure_png(figure)
+
+
+def _plot_sustained(measurement: Measurement) -> bytes:
+    """Returns a PNG: what the full graph took over the seconds of the sustained run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3))
+    axis = figure.subplots()
+    axis.plot(*zip(*measurement.sustained, strict=True), ".", markersize=3)
+    axis.set(xlabel="s", ylabel="ms of denoise", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    return figure_png(figure)

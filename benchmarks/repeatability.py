@@ -1,0 +1,93 @@
+"""Do two runs of `cq-edge measure` agree, and does it notice that the machine is not quiet?
+
+Runs the command several times, each in a process of its own, and then once more while another
+process keeps one core busy:
+
+    python -m benchmarks.repeatability out/demo/bundle --threads 1   # docs/repeatability.md
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+from apps.device_profile import load_profile
+from cq_edge.latency import GRAPHS, DeviceProfile, GraphFigures
+from runtime.bundle import open_bundle
+
+
+def main() -> None:
+    """Measures, compares, writes the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--times", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    profiles = [_measure(args) for _ in range(args.times)]
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        disturbed = _measure(args)
+    finally:
+        busy.kill()
+        busy.wait()
+    text = "\n".join(_lines(profiles, disturbed)) + "\n"
+    (args.docs / "repeatability.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _measure(args: argparse.Namespace) -> DeviceProfile:
+    """Returns what the command finds in a process of its own."""
+    threads = [] if args.threads is None else ["--threads", str(args.threads)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "device.json"
+        command = [sys.executable, "-m", "apps.cli", "measure", str(args.bundle), "--timing-only"]
+        subprocess.run([*command, *threads, "-o", str(path)], check=True)
+        return load_profile(path, open_bundle(args.bundle))
+
+
+def _lines(profiles: Sequence[DeviceProfile], disturbed: DeviceProfile) -> list[str]:
+    head = ["| run | " + " | ".join(f"{graph}, ms" for graph in GRAPHS) + " | the machine was |",
+            "| --- |" + " --- |" * (len(GRAPHS) + 1)]  # fmt: skip
+    rows = [_row(str(number), profile) for number, profile in enumerate(profiles, 1)]
+    pairs = list(combinations(profiles, 2))
+    agree = [
+        f"{sum(_agree(one.figures[g], other.figures[g]) for one, other in pairs)} of {len(pairs)}"
+        for g in GRAPHS
+    ]
+    said = profiles[0].conditions
+    return [
+        *head,
+        *rows,
+        _row("with a busy process", disturbed),
+        f"| pairs of runs that agree | {' | '.join(agree)} | |",
+        "",
+        "Median (p10–p90). Two runs agree where each one's median lies within the other's p10 to "
+        f"p90. Conditions: {said['processor']}, {said['cores']} cores, {said['engine']}, "
+        f"{said['threads']} threads, {said['rounds']} rounds a run, a process a run.",
+    ]
+
+
+def _row(name: str, profile: DeviceProfile) -> str:
+    cells = [f"{r.p50_ms:.2f} ({r.p10_ms:.2f}–{r.p90_ms:.2f})"
+             for r in (profile.figures[graph] for graph in GRAPHS)]  # fmt: skip
+    return f"| {name} | {' | '.join(cells)} | {profile.conditions['noise']} |"
+
+
+def _agree(one: GraphFigures, other: GraphFigures) -> bool:
+    return _within(one, other) and _within(other, one)
+
+
+def _within(one: GraphFigures, other: GraphFigures) -> bool:
+    if other.p10_ms is None or other.p90_ms is None:
+        return False
+    return other.p10_ms <= one.p50_ms <= other.p90_ms
+
+
+if __name__ == "__main__":
+    main()
