@@ -153,7 +153,7 @@ def _side(bundle: Bundle, engine: Engine) -> Side:
     def make(steps: int, schedule: CacheSchedule, table: ReuseTable | None) -> Method:
         return Method(bundle, engine, steps, schedule, table)
 
-    profile = measure_graphs(engine, bundle, runs=25, at_most_s=6.0)
+    profile = measure_graphs(engine, bundle, rounds=20, at_most_s=6.0)
     tables = bundle.reuse_tables()
     return Side(bundle, profile, tables, plan_frontier(tables, profile, 2), make)
 
