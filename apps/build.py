@@ -3,7 +3,6 @@
 import argparse
 import json
 import platform
-import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from apps.build_coreml import (
     size_warning,
 )
 from apps.engines import BACKENDS
+from apps.peak_memory import peak_memory_mib
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
 from apps.replacing import check_replaceable, written_beside
@@ -591,16 +591,9 @@ def _summary(
         "bundle": str(folder),
         **summaries[first],
         "alternatives": {backend: summaries[backend] for backend in others},
-        "peak_memory_mib": round(_peak_memory_mib(), 1),
+        "peak_memory_mib": round(peak_memory_mib(), 1),
         "seconds": round(seconds, 1),
     }
-
-
-def _peak_memory_mib() -> float:
-    """Returns the process's largest resident size so far (Linux counts it in KiB, macOS in
-    bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def _report(
