@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
+from apps.build_apple import APPLE_FOLDER, write_apple_layout
 from apps.build_coreml import (
     ATTENTIONS,
     TARGETS,
@@ -22,6 +23,7 @@ from apps.build_coreml import (
     coreml_options,
     export_packages,
     size_warning,
+    weight_compressor,
 )
 from apps.engines import BACKENDS
 from apps.peak_memory import peak_memory_mib
@@ -218,6 +220,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help="of the Core ML UNet: "
         "the two others suit the Neural Engine and compute the same "
         "(default: %(default)s)")  # fmt: skip
+    add("--layout", choices=("cq-edge", "apple"), default="cq-edge", help="apple adds the folder "
+        "apple with packages for Apple's Swift StableDiffusionPipeline, which knows no shallow "
+        "graph (default: %(default)s)")  # fmt: skip
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--compression", type=float, metavar="X", help="UNet weights at least X "
         "times smaller than float32, up to about 6: four bits in the layers where they cost "
@@ -238,6 +243,8 @@ def run(args: argparse.Namespace) -> int:
     check_replaceable(args.output, force=args.force)
     if args.max_gap < 1:
         raise UsageError(f"--max-gap is {args.max_gap}: a shallow step needs 1 or more")
+    if args.layout == "apple" and "coreml" not in args.backend:
+        raise UsageError("--layout apple is of Core ML packages: add --backend coreml")
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     # the torch side takes seconds to import: only once the arguments are known to be good
     with quiet_toolchains():
@@ -481,16 +488,22 @@ def _coreml(
 
     from cq_edge.model.graphs import EncodeGraph
     from cq_edge.model.split_einsum import with_attention
+    from cq_edge.model.vocabulary import write_vocabulary
 
     unet = ModuleList(optimized.reference[name] for name in _UNET_GRAPHS)
     modules = {**optimized.reference, "encode": EncodeGraph(pipeline.text_encoder)}
     modules |= zip(_UNET_GRAPHS, with_attention(unet, options.attention), strict=True)
     modules = {name: module.eval() for name, module in modules.items()}
-    places = export_packages(modules, specs, inputs, options, folder)
+    compress = weight_compressor(modules["denoise"], inputs["denoise"], options)
+    places = export_packages(modules, specs, compress, options, folder)
     warning = size_warning(places["denoise"].weight_bytes, options)
     if warning is not None:
         print(f"cq-edge: warning: {warning}", file=sys.stderr)
-    return check_packages(optimized.reference, specs, places, inputs, options, folder)
+    build = check_packages(optimized.reference, specs, places, inputs, options, folder)
+    if options.apple_layout:
+        write_vocabulary(pipeline.tokenizer, folder / APPLE_FOLDER)
+        write_apple_layout(modules, specs, inputs, options, compress, folder / APPLE_FOLDER)
+    return build
 
 
 def _save_checks(

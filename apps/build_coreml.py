@@ -29,7 +29,7 @@ ATTENTIONS = ("original", "split-einsum", "split-einsum-v2")
 COMPRESSION = 4.0  # of the UNet, unless told otherwise
 # least parity in dB: float16 rounds everything a little; weights of eight bits or their equal in
 # size round more; what is smaller than that is asked for by people who can look at pictures
-_FLOAT16_FLOOR_DB, _EIGHT_BIT_FLOOR_DB, _SMALLER_FLOOR_DB = 45.0, 28.0, 10.0
+FLOAT16_FLOOR_DB, _EIGHT_BIT_FLOOR_DB, _SMALLER_FLOOR_DB = 45.0, 28.0, 10.0
 _SAMPLES = 4  # sets of inputs that formats are chosen on
 _GIB = 1 << 30
 # what the Neural Engine takes in one weight file
@@ -43,19 +43,21 @@ class CoreMLOptions:
     """How packages are written.
 
     `weights` is one of `WEIGHTS`; `compression`, of mixed weights, is how many times smaller than
-    float32 the UNet's are to be; `attention` is one of `ATTENTIONS`.
+    float32 the UNet's are to be; `attention` is one of `ATTENTIONS`; `apple_layout` asks for the
+    folder of Apple's Swift pipeline too.
     """
 
     target: str
     weights: str
     compression: float
     attention: str = "original"
+    apple_layout: bool = False
 
     @property
     def unet_floor_db(self) -> float:
         """The least agreement of the UNet's graphs, dB."""
         if self.weights == "float16":
-            return _FLOAT16_FLOOR_DB
+            return FLOAT16_FLOOR_DB
         eight = self.weights in ("int8", "palette8", "palette6")
         if eight or (self.weights == "mixed" and self.compression <= COMPRESSION):
             return _EIGHT_BIT_FLOOR_DB
@@ -154,13 +156,36 @@ def coreml_options(args: argparse.Namespace, compression: float | None) -> CoreM
         weights,
         COMPRESSION if compression is None else compression,
         args.attention,
+        args.layout == "apple",
     )
+
+
+def weight_compressor(
+    full: "nn.Module", inputs: Sequence[Arrays], options: CoreMLOptions
+) -> Callable[[Any], Any]:
+    """Returns what maps a UNet graph's Core ML model to one with the weights asked for.
+
+    Args:
+        full: The float full module.
+        inputs: Its inputs at real steps.
+        options: Which weights.
+
+    Raises:
+        UsageError: The compression asked for cannot be had.
+    """
+    with quiet_toolchains():
+        from exporters.coreml_weights import compress_weights
+
+    if options.weights == "float16":
+        return lambda model: model
+    choose = _chosen_formats(full, inputs, options)
+    return lambda model: compress_weights(model, choose)
 
 
 def export_packages(
     modules: "Mapping[str, nn.Module]",
     specs: "Mapping[str, GraphSpec]",
-    inputs: Mapping[str, Sequence[Arrays]],
+    compress: Callable[[Any], Any],
     options: CoreMLOptions,
     folder: Path,
 ) -> "dict[str, Place]":
@@ -168,20 +193,12 @@ def export_packages(
 
     Raises:
         ExportError: A graph cannot be converted.
-        UsageError: The compression asked for cannot be had.
     """
-    with quiet_toolchains():
-        from exporters.coreml_weights import compress_weights
-        from exporters.to_coreml import export_coreml
+    from exporters.to_coreml import export_coreml
 
-    if options.weights == "float16":
-        return export_coreml(modules, specs, folder, options.target)
-    choose = _chosen_formats(modules["denoise"], inputs["denoise"], options)
     with tqdm(total=1, desc="export", unit="stage") as progress:
         progress.set_postfix_str("converting to Core ML")
-        places = export_coreml(
-            modules, specs, folder, options.target, lambda model: compress_weights(model, choose)
-        )
+        places = export_coreml(modules, specs, folder, options.target, compress)
         progress.update()
     return places
 
@@ -211,7 +228,7 @@ def check_packages(
         for name, spec in progress:
             progress.set_postfix_str(f"{name} of Core ML against the float module")
             run = functions[places[name].package][places[name].function].run
-            floor_db = options.unet_floor_db if name in UNET_GRAPHS else _FLOAT16_FLOOR_DB
+            floor_db = options.unet_floor_db if name in UNET_GRAPHS else FLOAT16_FLOOR_DB
             expected = module_graph(reference[name], spec)
             parity = check_parity(name, expected, run, inputs[name], floor_db)
             results[name] = CoreMLResult(spec, run, places[name], parity)
