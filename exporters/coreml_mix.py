@@ -140,7 +140,8 @@ def _measured(
 
 
 def _change(weight: NDArray[np.float32], restored: NDArray[np.float32]) -> Tensor:
-    return torch.from_numpy(restored - weight)
+    # four of these are held for every weight: in float16 they take as much as two of the UNet
+    return torch.from_numpy(restored - weight).half()
 
 
 def _projections(

@@ -223,7 +223,17 @@ def test_both_backends_make_the_same_picture_of_one_bundle(tmp_path, capsys):
         ),
         (
             ("--backend", "executorch", "--layout", "apple"),
-            "--layout apple is of Core ML packages: add --backend coreml",
+            "--layout apple is of Core ML: add --backend coreml",
+        ),
+        (
+            ("--layout", "executorch", "--coreml-target", "ios17"),
+            "--layout executorch keeps both UNet graphs in one model, of weights that torchao "
+            "rounds: it takes --coreml-target ios18 and --attention original only",
+        ),
+        (
+            ("--coreml-weights", "torchao-int8", "--attention", "split-einsum"),
+            "--coreml-weights torchao-int8 takes --attention original only: split-einsum reads "
+            "weights in another shape; int8 and int4 take both",
         ),
         (
             ("--coreml-weights", "int8", "--compression", "6"),

@@ -1,0 +1,94 @@
+"""A `.pte` with Core ML inside, unpacked and run by the interpreter."""
+
+import numpy as np
+import pytest
+from torch import nn
+
+from cq_edge.errors import ExportError
+from cq_edge.manifest import TensorSpec
+from cq_edge.model.graphs import DecodeGraph, EncodeGraph
+from cq_edge.model.split import split_unet
+from cq_edge.model.weight_only import with_weights_of
+from exporters.graph_spec import GraphSpec, graph_specs
+from exporters.module_graph import module_graph
+from exporters.parity import check_parity
+from exporters.to_coreml import weight_bytes
+from exporters.to_executorch_coreml import export_executorch_coreml, unpacked_methods
+from runtime.mil.interpreter import read_functions
+from tests.model.tiny_models import tiny_text, tiny_unet, tiny_vae
+
+_UNET = {"layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": 32}
+_SPECS = graph_specs(
+    (4, 8, 8), (16, 16), embedding_width=32, feature_channels=16, consumed_channels=32
+)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The methods, the functions that compute them, and the float modules."""
+    folder = tmp_path_factory.mktemp("delegate")
+    full, shallow = (module.eval() for module in split_unet(tiny_unet(**_UNET)))
+    modules = {
+        "encode": EncodeGraph(tiny_text()).eval(),
+        "denoise": full,
+        "denoise_shallow": shallow,
+        "decode": DecodeGraph(tiny_vae(attention=False)).eval(),
+    }
+    path = folder / "coreml.pte"
+    stored = with_weights_of(nn.ModuleList([full, shallow]), 8)
+    smaller = {**modules, "denoise": stored[0], "denoise_shallow": stored[1]}
+    export_executorch_coreml(smaller, _SPECS, path)
+    methods = unpacked_methods(path, folder / "unpacked")
+    return path, methods, read_functions(methods["denoise"].package), modules
+
+
+def _arrays(spec, timestep):
+    generator = np.random.default_rng(int(timestep))
+    arrays = {i.name: generator.standard_normal(i.shape).astype(i.dtype) for i in spec.inputs}
+    if "timestep" in arrays:
+        arrays["timestep"] = np.array([timestep], np.float32)
+    if "input_ids" in arrays:
+        arrays["input_ids"] = generator.integers(0, 99, (1, 77))
+    return arrays
+
+
+@pytest.mark.slow
+def test_every_method_computes_what_its_module_does_early_and_late(exported):
+    _, methods, functions, modules = exported
+    assert set(methods) == set(_SPECS)
+    for name, method in methods.items():
+        spec = _SPECS[name]
+        assert set(method.inputs) == {i.name for i in spec.inputs}
+
+        def run(arrays, method=method, spec=spec):
+            found = functions[method.function].run(arrays)
+            return {o.name: found[n] for o, n in zip(spec.outputs, method.outputs, strict=True)}
+
+        inputs = [_arrays(spec, timestep) for timestep in (999.0, 1.0)]
+        floor_db = 28.0 if name.startswith("denoise") else 45.0
+        check_parity(name, module_graph(modules[name], spec), run, inputs, floor_db)
+
+
+@pytest.mark.slow
+def test_the_file_holds_one_model_whose_weights_are_stored_once(exported):
+    path, methods, _, modules = exported
+    assert len({method.package for method in methods.values()}) == 1
+    shallow = {id(p) for p in modules["denoise_shallow"].parameters()}
+    assert shallow <= {id(p) for p in modules["denoise"].parameters()}
+    held = {id(p): p.numel() for module in modules.values() for p in module.parameters()}
+    # float16 outside the UNet, and that int8 but for what is small
+    assert weight_bytes(methods["denoise"].package) < 2 * sum(held.values())
+    assert path.stat().st_size < 1.5 * 2 * sum(held.values())
+
+
+def test_a_graph_that_core_ml_takes_in_pieces_is_refused(tmp_path):
+    class Halves(nn.Module):
+        def forward(self, x):
+            return x.argmin().float() + x
+
+    spec = GraphSpec(
+        "decode", (TensorSpec("x", (1, 4), "float32"),), (TensorSpec("y", (1, 4), "float32"),)
+    )
+    with pytest.raises(ExportError, match=r"graph decode is .* pieces? of Core ML and outside it"):
+        export_executorch_coreml({"decode": Halves().eval()}, {"decode": spec}, tmp_path / "a.pte")
+    assert list(tmp_path.iterdir()) == []
