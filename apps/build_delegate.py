@@ -70,10 +70,11 @@ def write_delegate(
 
 
 def _named(function: "ReferenceFunction", method: "Method", spec: "GraphSpec") -> "Graph":
-    """Returns a function with outputs named as the contract names them."""
+    """Returns a function with inputs and outputs named as the contract names them."""
 
     def run(arrays: Arrays) -> Arrays:
-        found = function.run(arrays)
+        given = {n: arrays[i.name] for i, n in zip(spec.inputs, method.inputs, strict=True)}
+        found = function.run(given)
         return {o.name: found[n] for o, n in zip(spec.outputs, method.outputs, strict=True)}
 
     return run

@@ -14,7 +14,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from apps.build_coreml import WEIGHTS
+from apps.build_coreml import (
+    COMPRESSION,
+    WEIGHTS,
+    CoreMLOptions,
+    stored_unet,
+    weight_compressor,
+)
 from apps.peak_memory import peak_memory_mib
 from apps.quiet import quiet_toolchains
 from benchmarks.unet_graphs import unet_graphs
@@ -39,7 +45,7 @@ _CONFIG = {
 def main() -> int:
     """Prints the figures as Markdown and returns the exit code 0."""
     parser = argparse.ArgumentParser(description=__doc__)
-    choices = [weights for weights in WEIGHTS if weights != "mixed"]
+    choices = [weights for weights in WEIGHTS if weights not in ("mixed", "w8a8")]
     parser.add_argument("--weights", choices=choices, default="int8")
     parser.add_argument("--width", type=int, default=320, help="channels of the first block; "
         "less than 320 tries this command quickly")  # fmt: skip
@@ -80,13 +86,11 @@ def _graphs(width: int) -> "tuple[dict[str, nn.Module], dict[str, GraphSpec]]":
 def _exported(
     modules: "dict[str, nn.Module]", specs: "dict[str, GraphSpec]", weights: str, folder: Path
 ) -> "dict[str, Place]":
-    from exporters.coreml_weights import compress_weights
     from exporters.to_coreml import export_coreml
 
-    def compress(model: Any) -> Any:
-        return model if weights == "float16" else compress_weights(model, lambda _weight: weights)
-
-    return export_coreml(modules, specs, folder, "ios18", compress)
+    options = CoreMLOptions("ios18", weights, COMPRESSION)
+    compress = weight_compressor(modules["denoise"], (), options)
+    return export_coreml(stored_unet(modules, {}, options), specs, folder, "ios18", compress)
 
 
 def _agreement_db(

@@ -31,8 +31,8 @@ _PRECISION = "model_compute_precision_from_compile_specs"
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method of the program: the Core ML function that computes it, and that one's inputs and
-    outputs in the delegate's order."""
+    """A method of the program: the Core ML function that computes it, and what that one calls the
+    method's inputs and outputs, in the method's order."""
 
     package: Path
     function: str
@@ -94,18 +94,31 @@ def unpacked_methods(path: Path, folder: Path) -> dict[str, Method]:
     Raises:
         ExportError: There is no such model in the program.
     """
-    named = deserialize_pte_binary(path.read_bytes()).named_data
+    file = deserialize_pte_binary(path.read_bytes())
+    named = file.named_data
     packed = [named.buffers[entry.buffer_index] for entry in named.pte_data.values()]
     if len(packed) != 1:
         raise ExportError(f"{path.name} holds {len(packed)} Core ML models, not 1")
     folder.mkdir(parents=True, exist_ok=True)
     executorchcoreml.unflatten_directory_contents(bytes(packed[0]), str(folder))
-    methods = json.loads((folder / "metadata.json").read_text())["methods"]
-    package = folder / "model.mlpackage"
+    (metadata,) = folder.glob("*/metadata.json")  # in a folder named for the delegate's place
+    names = json.loads(metadata.read_text(encoding="utf-8"))["methods"]
+    package = metadata.parent / "model.mlpackage"
     return {
-        name: Method(package, name, tuple(one["inputNames"]), tuple(one["outputNames"]))
-        for name, one in methods.items()
+        plan.name: _method(plan, package, names[plan.name]) for plan in file.program.execution_plan
     }
+
+
+def _method(plan: Any, package: Path, names: Mapping[str, list[str]]) -> Method:
+    """Returns a method whose one instruction calls the delegate, with values in an order that is
+    not the method's own."""
+    (instruction,) = plan.chains[0].instructions
+    values = zip(
+        instruction.instr_args.args, [*names["inputNames"], *names["outputNames"]], strict=True
+    )
+    by_value = dict(values)
+    inputs, outputs = (tuple(by_value[v] for v in side) for side in (plan.inputs, plan.outputs))
+    return Method(package, plan.name, inputs, outputs)
 
 
 @contextmanager

@@ -21,7 +21,9 @@ from torchao.quantization.quant_primitives import (
 Root = TypeVar("Root", bound=nn.Module)
 BLOCK = 32
 _SMALLEST = 2048  # elements: what is smaller is hardly worth a scale
-_RANGES = {8: (-128, 127), 4: (-8, 7)}
+# without the lowest whole number, which only negative weights could take: with it the largest
+# positive weight of each block is cut off
+_RANGES = {8: (-127, 127), 4: (-7, 7)}
 
 
 def with_weights_of(module: Root, bits: int) -> Root:
