@@ -1,71 +1,47 @@
 """A `.pte` with Core ML inside, unpacked and run by the interpreter."""
 
 import coremltools as ct
-import numpy as np
 import pytest
 from torch import nn
 
 from cq_edge.errors import ExportError
 from cq_edge.manifest import TensorSpec
-from cq_edge.model.graphs import DecodeGraph, EncodeGraph
-from cq_edge.model.split import split_unet
 from cq_edge.model.weight_only import with_weights_of
-from exporters.graph_spec import GraphSpec, graph_specs
+from exporters.graph_spec import GraphSpec
 from exporters.module_graph import module_graph
 from exporters.parity import check_parity
 from exporters.to_coreml import weight_bytes
 from exporters.to_executorch_coreml import export_executorch_coreml, unpacked_methods
 from runtime.mil.interpreter import read_functions
-from tests.model.tiny_models import tiny_text, tiny_unet, tiny_vae
-
-_UNET = {"layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": 32}
-_SPECS = graph_specs(
-    (4, 8, 8), (16, 16), embedding_width=32, feature_channels=16, consumed_channels=32
-)
+from tests.exporters.tiny_graphs import SPECS, tiny_arrays, tiny_graphs
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """The methods, the functions that compute them, and the float modules."""
     folder = tmp_path_factory.mktemp("delegate")
-    full, shallow = (module.eval() for module in split_unet(tiny_unet(**_UNET)))
-    modules = {
-        "encode": EncodeGraph(tiny_text()).eval(),
-        "denoise": full,
-        "denoise_shallow": shallow,
-        "decode": DecodeGraph(tiny_vae(attention=False)).eval(),
-    }
+    modules = tiny_graphs()
     path = folder / "coreml.pte"
-    stored = with_weights_of(nn.ModuleList([full, shallow]), 8)
+    stored = with_weights_of(nn.ModuleList([modules["denoise"], modules["denoise_shallow"]]), 8)
     smaller = {**modules, "denoise": stored[0], "denoise_shallow": stored[1]}
-    export_executorch_coreml(smaller, _SPECS, path)
+    export_executorch_coreml(smaller, SPECS, path)
     methods = unpacked_methods(path, folder / "unpacked")
     return path, methods, read_functions(methods["denoise"].package), modules
-
-
-def _arrays(spec, timestep):
-    generator = np.random.default_rng(int(timestep))
-    arrays = {i.name: generator.standard_normal(i.shape).astype(i.dtype) for i in spec.inputs}
-    if "timestep" in arrays:
-        arrays["timestep"] = np.array([timestep], np.float32)
-    if "input_ids" in arrays:
-        arrays["input_ids"] = generator.integers(0, 99, (1, 77))
-    return arrays
 
 
 @pytest.mark.slow
 def test_every_method_computes_what_its_module_does_early_and_late(exported):
     _, methods, functions, modules = exported
-    assert set(methods) == set(_SPECS)
+    assert set(methods) == set(SPECS)
     for name, method in methods.items():
-        spec = _SPECS[name]
+        spec = SPECS[name]
         assert method.inputs == tuple(i.name for i in spec.inputs)
 
         def run(arrays, method=method, spec=spec):
             found = functions[method.function].run(arrays)
             return {o.name: found[n] for o, n in zip(spec.outputs, method.outputs, strict=True)}
 
-        inputs = [_arrays(spec, timestep) for timestep in (999.0, 1.0)]
+        inputs = [tiny_arrays(spec, timestep) for timestep in (999.0, 1.0)]
         floor_db = 28.0 if name.startswith("denoise") else 45.0
         check_parity(name, module_graph(modules[name], spec), run, inputs, floor_db)
 
