@@ -3,7 +3,6 @@
 import argparse
 import json
 import platform
-import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
+from apps.build_apple import APPLE_FOLDER, write_apple_layout
 from apps.build_coreml import (
     ATTENTIONS,
+    LAYOUTS,
     TARGETS,
     WEIGHTS,
     CoreMLBuild,
@@ -23,8 +24,12 @@ from apps.build_coreml import (
     coreml_options,
     export_packages,
     size_warning,
+    stored_unet,
+    weight_compressor,
 )
+from apps.build_delegate import DELEGATE_FILE, write_delegate
 from apps.engines import BACKENDS
+from apps.peak_memory import peak_memory_mib
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
 from apps.replacing import check_replaceable, written_beside
@@ -218,6 +223,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help="of the Core ML UNet: "
         "the two others suit the Neural Engine and compute the same "
         "(default: %(default)s)")  # fmt: skip
+    add("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="for other apps, beside the "
+        "packages: apple is a folder for Apple's Swift StableDiffusionPipeline, which knows no "
+        f"shallow graph; executorch is {DELEGATE_FILE}, for apps that link ExecuTorch with its "
+        "Core ML delegate (default: %(default)s)")  # fmt: skip
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--compression", type=float, metavar="X", help="UNet weights at least X "
         "times smaller than float32, up to about 6: four bits in the layers where they cost "
@@ -238,6 +247,8 @@ def run(args: argparse.Namespace) -> int:
     check_replaceable(args.output, force=args.force)
     if args.max_gap < 1:
         raise UsageError(f"--max-gap is {args.max_gap}: a shallow step needs 1 or more")
+    if args.layout != "cq-edge" and "coreml" not in args.backend:
+        raise UsageError(f"--layout {args.layout} is of Core ML: add --backend coreml")
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     # the torch side takes seconds to import: only once the arguments are known to be good
     with quiet_toolchains():
@@ -477,20 +488,24 @@ def _coreml(
     folder: Path,
 ) -> CoreMLBuild:
     """Writes the Core ML packages, checks them, and returns what came of each graph."""
-    from torch.nn import ModuleList
-
     from cq_edge.model.graphs import EncodeGraph
-    from cq_edge.model.split_einsum import with_attention
+    from cq_edge.model.vocabulary import write_vocabulary
 
-    unet = ModuleList(optimized.reference[name] for name in _UNET_GRAPHS)
     modules = {**optimized.reference, "encode": EncodeGraph(pipeline.text_encoder)}
-    modules |= zip(_UNET_GRAPHS, with_attention(unet, options.attention), strict=True)
-    modules = {name: module.eval() for name, module in modules.items()}
-    places = export_packages(modules, specs, inputs, options, folder)
+    references = {name: module.eval() for name, module in modules.items()}
+    modules = {**references, **stored_unet(references, inputs, options)}
+    compress = weight_compressor(optimized.reference["denoise"], inputs["denoise"], options)
+    places = export_packages(modules, specs, compress, options, folder)
     warning = size_warning(places["denoise"].weight_bytes, options)
     if warning is not None:
         print(f"cq-edge: warning: {warning}", file=sys.stderr)
-    return check_packages(optimized.reference, specs, places, inputs, options, folder)
+    build = check_packages(optimized.reference, specs, places, inputs, options, folder)
+    if options.layout == "executorch":
+        write_delegate(references, specs, inputs, options, folder / DELEGATE_FILE)
+    if options.layout == "apple":
+        write_vocabulary(pipeline.tokenizer, folder / APPLE_FOLDER)
+        write_apple_layout(modules, specs, inputs, options, compress, folder / APPLE_FOLDER)
+    return build
 
 
 def _save_checks(
@@ -591,16 +606,9 @@ def _summary(
         "bundle": str(folder),
         **summaries[first],
         "alternatives": {backend: summaries[backend] for backend in others},
-        "peak_memory_mib": round(_peak_memory_mib(), 1),
+        "peak_memory_mib": round(peak_memory_mib(), 1),
         "seconds": round(seconds, 1),
     }
-
-
-def _peak_memory_mib() -> float:
-    """Returns the process's largest resident size so far (Linux counts it in KiB, macOS in
-    bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def _report(

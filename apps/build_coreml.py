@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 TARGETS = ("ios18", "ios17")
 WEIGHTS = (
     "mixed", "float16", "int8", "int4", "palette8", "palette6", "palette4", "palette3",
+    "torchao-int8", "torchao-int4", "w8a8",
 )  # fmt: skip
+LAYOUTS = ("cq-edge", "apple", "executorch")
 ATTENTIONS = ("original", "split-einsum", "split-einsum-v2")
 COMPRESSION = 4.0  # of the UNet, unless told otherwise
 # least parity in dB: float16 rounds everything a little; weights of eight bits or their equal in
 # size round more; what is smaller than that is asked for by people who can look at pictures
-_FLOAT16_FLOOR_DB, _EIGHT_BIT_FLOOR_DB, _SMALLER_FLOOR_DB = 45.0, 28.0, 10.0
+FLOAT16_FLOOR_DB, _EIGHT_BIT_FLOOR_DB, _SMALLER_FLOOR_DB = 45.0, 28.0, 10.0
+# of weights that torchao rounds before the conversion
+_TORCHAO_BITS = {"torchao-int8": 8, "torchao-int4": 4, "w8a8": 8}
 _SAMPLES = 4  # sets of inputs that formats are chosen on
 _GIB = 1 << 30
 # what the Neural Engine takes in one weight file
@@ -43,20 +47,26 @@ class CoreMLOptions:
     """How packages are written.
 
     `weights` is one of `WEIGHTS`; `compression`, of mixed weights, is how many times smaller than
-    float32 the UNet's are to be; `attention` is one of `ATTENTIONS`.
+    float32 the UNet's are to be; `attention` is one of `ATTENTIONS`; `layout` one of `LAYOUTS`.
     """
 
     target: str
     weights: str
     compression: float
     attention: str = "original"
+    layout: str = "cq-edge"
+
+    @property
+    def torchao_bits(self) -> int | None:
+        """The bits of weights that torchao rounds, None where coremltools does."""
+        return _TORCHAO_BITS.get(self.weights)
 
     @property
     def unet_floor_db(self) -> float:
         """The least agreement of the UNet's graphs, dB."""
         if self.weights == "float16":
-            return _FLOAT16_FLOOR_DB
-        eight = self.weights in ("int8", "palette8", "palette6")
+            return FLOAT16_FLOOR_DB
+        eight = self.weights in ("int8", "palette8", "palette6", "torchao-int8")
         if eight or (self.weights == "mixed" and self.compression <= COMPRESSION):
             return _EIGHT_BIT_FLOOR_DB
         return _SMALLER_FLOOR_DB
@@ -144,23 +154,96 @@ def coreml_options(args: argparse.Namespace, compression: float | None) -> CoreM
         raise UsageError(
             f"--compression is for --coreml-weights mixed: {weights} weights have one size only"
         )
-    if args.coreml_target == "ios17" and weights in ("int4", "palette3"):
+    if args.coreml_target == "ios17" and weights in ("int4", "palette3", "torchao-int4"):
         raise UsageError(
             f"--coreml-weights {weights} needs --coreml-target ios18: iOS 17 cannot express it; "
             "there, take palette4 (two packages, Unet and UnetShallow)"
+        )
+    if args.layout == "executorch" and (args.coreml_target, args.attention) != (
+        "ios18",
+        "original",
+    ):
+        raise UsageError(
+            "--layout executorch keeps both UNet graphs in one model, of weights that torchao "
+            "rounds: it takes --coreml-target ios18 and --attention original only"
+        )
+    if weights in _TORCHAO_BITS and args.attention != "original":
+        raise UsageError(
+            f"--coreml-weights {weights} takes --attention original only: {args.attention} reads "
+            "weights in another shape; int8 and int4 take both"
         )
     return CoreMLOptions(
         args.coreml_target,
         weights,
         COMPRESSION if compression is None else compression,
         args.attention,
+        args.layout,
     )
+
+
+def stored_unet(
+    graphs: "Mapping[str, nn.Module]",
+    inputs: Mapping[str, Sequence[Arrays]],
+    options: CoreMLOptions,
+) -> "dict[str, nn.Module]":
+    """Returns both UNet graphs with the attention asked for, and with what is rounded before the
+    conversion: torchao's weights, activations of eight bits. What was shared stays shared.
+
+    Args:
+        graphs: The float modules by name, the UNet's two among them.
+        inputs: Their inputs at real steps.
+        options: What is asked for.
+    """
+    from torch import from_numpy
+    from torch.nn import ModuleList
+
+    from cq_edge.model.split_einsum import with_attention
+    from exporters.to_coreml import UNET_GRAPHS
+
+    unet = with_attention(ModuleList(graphs[name] for name in UNET_GRAPHS), options.attention)
+    bits = options.torchao_bits
+    if options.weights == "w8a8":
+        from cq_edge.model.eight_bit_activations import with_rounded_inputs
+
+        given = [
+            (graph, tuple(from_numpy(np.asarray(array)) for array in arrays.values()))
+            for name, graph in zip(UNET_GRAPHS, unet, strict=True)
+            for arrays in inputs[name]
+        ]
+        unet = with_rounded_inputs(unet, given)
+    if bits is not None:
+        from cq_edge.model.weight_only import with_weights_of
+
+        unet = with_weights_of(unet, bits)
+    return {name: module.eval() for name, module in zip(UNET_GRAPHS, unet, strict=True)}
+
+
+def weight_compressor(
+    full: "nn.Module", inputs: Sequence[Arrays], options: CoreMLOptions
+) -> Callable[[Any], Any]:
+    """Returns what maps a UNet graph's Core ML model to one with the weights asked for.
+
+    Args:
+        full: The float full module.
+        inputs: Its inputs at real steps.
+        options: Which weights.
+
+    Raises:
+        UsageError: The compression asked for cannot be had.
+    """
+    with quiet_toolchains():
+        from exporters.coreml_weights import compress_weights
+
+    if options.weights == "float16" or options.torchao_bits is not None:
+        return lambda model: model
+    choose = _chosen_formats(full, inputs, options)
+    return lambda model: compress_weights(model, choose)
 
 
 def export_packages(
     modules: "Mapping[str, nn.Module]",
     specs: "Mapping[str, GraphSpec]",
-    inputs: Mapping[str, Sequence[Arrays]],
+    compress: Callable[[Any], Any],
     options: CoreMLOptions,
     folder: Path,
 ) -> "dict[str, Place]":
@@ -168,20 +251,12 @@ def export_packages(
 
     Raises:
         ExportError: A graph cannot be converted.
-        UsageError: The compression asked for cannot be had.
     """
-    with quiet_toolchains():
-        from exporters.coreml_weights import compress_weights
-        from exporters.to_coreml import export_coreml
+    from exporters.to_coreml import export_coreml
 
-    if options.weights == "float16":
-        return export_coreml(modules, specs, folder, options.target)
-    choose = _chosen_formats(modules["denoise"], inputs["denoise"], options)
     with tqdm(total=1, desc="export", unit="stage") as progress:
         progress.set_postfix_str("converting to Core ML")
-        places = export_coreml(
-            modules, specs, folder, options.target, lambda model: compress_weights(model, choose)
-        )
+        places = export_coreml(modules, specs, folder, options.target, compress)
         progress.update()
     return places
 
@@ -211,7 +286,7 @@ def check_packages(
         for name, spec in progress:
             progress.set_postfix_str(f"{name} of Core ML against the float module")
             run = functions[places[name].package][places[name].function].run
-            floor_db = options.unet_floor_db if name in UNET_GRAPHS else _FLOAT16_FLOOR_DB
+            floor_db = options.unet_floor_db if name in UNET_GRAPHS else FLOAT16_FLOOR_DB
             expected = module_graph(reference[name], spec)
             parity = check_parity(name, expected, run, inputs[name], floor_db)
             results[name] = CoreMLResult(spec, run, places[name], parity)

@@ -10,12 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apps.build_coreml import COMPRESSION, CoreMLOptions, stored_unet, weight_compressor
 from apps.quiet import quiet_toolchains
+from benchmarks.unet_graphs import unet_graphs
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-_WEIGHTS = ("float16", "int8", "int4", "palette6")
+_WEIGHTS = ("float16", "int8", "torchao-int8", "int4", "torchao-int4", "palette6")
 
 
 def main() -> int:
@@ -45,23 +47,12 @@ def main() -> int:
 def _sizes(pipeline: "StableDiffusionPipeline", weights: str) -> tuple[int, int, int]:
     """Returns the bytes of the weight files of the full graph, the shallow graph and both."""
     with quiet_toolchains():
-        from cq_edge.model.split import split_unet
-        from exporters.coreml_weights import compress_weights
-        from exporters.graph_spec import graph_specs
         from exporters.to_coreml import UNET_GRAPHS, export_coreml, weight_bytes
 
-    config = pipeline.unet.config
-    graphs = split_unet(pipeline.unet)
-    latents = (config.in_channels, config.sample_size, config.sample_size)
-    pixels = config.sample_size * pipeline.vae_scale_factor
-    shallow = graphs[1]
-    channels = (shallow.feature_channels, shallow.consumed_channels)
-    specs = graph_specs(latents, (pixels, pixels), config.cross_attention_dim, *channels)
-    modules = dict(zip(UNET_GRAPHS, graphs, strict=True))
-
-    def compress(model: object) -> object:
-        return model if weights == "float16" else compress_weights(model, lambda _weight: weights)
-
+    modules, specs = unet_graphs(pipeline.unet)
+    options = CoreMLOptions("ios18", weights, COMPRESSION)
+    compress = weight_compressor(modules["denoise"], (), options)
+    modules = stored_unet(modules, {}, options)
     with tempfile.TemporaryDirectory() as scratch:
         places = export_coreml(modules, specs, Path(scratch), "ios18", compress)
         both = weight_bytes(Path(scratch) / places["denoise"].package)

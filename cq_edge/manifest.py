@@ -69,7 +69,7 @@ class GraphEntry:
         inputs: In call order.
         outputs: In return order.
         parity_db: Smallest signal-to-error ratio against the float module over the checked
-            inputs, dB; infinity becomes `EXACT_PARITY_DB`.
+            inputs and all outputs, dB; infinity becomes `EXACT_PARITY_DB`.
         parity_floor_db: The ratio below which the build would have failed, dB.
         delegated_macs_share: Share of the multiply-adds inside the delegate, 0 to 1; Core ML
             takes programs whole.

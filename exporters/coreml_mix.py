@@ -24,7 +24,7 @@ from exporters.coreml_weights import (
 )
 from exporters.parity import Arrays
 
-_LADDER = ("int8", "palette6", "palette4", "palette3")
+_LADDER = ("float16", "int8", "palette6", "palette4", "palette3")
 _PREDICTED = 0.995  # of the bytes: the rest are constants that the conversion adds
 _PROJECTIONS = 4  # of each set of inputs
 
@@ -140,7 +140,8 @@ def _measured(
 
 
 def _change(weight: NDArray[np.float32], restored: NDArray[np.float32]) -> Tensor:
-    return torch.from_numpy(restored - weight)
+    # five of these are held for every weight: in float16 they take as much as two and a half UNets
+    return torch.from_numpy(restored - weight).half()
 
 
 def _projections(

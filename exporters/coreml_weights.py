@@ -19,7 +19,7 @@ BLOCK = 32
 TARGET_ORDER = {"ios17": 17, "ios18": 18}
 """The systems that a package can be made for, and which came first."""
 _SMALLEST = 2048  # elements: what is smaller is hardly worth a scale
-_HALF_BYTES = 2
+_HALF_BITS, _HALF_BYTES = 16, 2
 _ALIGNMENT = 64  # of blobs in a weight file; also the size of their header
 
 
@@ -32,7 +32,7 @@ class WeightFormat:
         bits: Of one element, scales and tables apart.
         is_palette: Whether elements are indices into one table for the whole weight, not steps
             of a scale: one scale for each output channel at 8 bits, for `BLOCK` of its input
-            channels at 4.
+            channels at 4; float16, at 16 bits, is neither.
         oldest_target: The oldest system that can express it.
     """
 
@@ -43,6 +43,8 @@ class WeightFormat:
 
     def restored(self, weight: NDArray[np.generic]) -> NDArray[np.float32]:
         """Returns what a program computes with in the place of a (O, …) weight."""
+        if self.bits == _HALF_BITS:
+            return weight.astype(np.float16).astype(np.float32)
         if self.is_palette:
             table, indices = palette(weight, self.bits)
             return table[indices].reshape(weight.shape).astype(np.float32)
@@ -58,6 +60,8 @@ class WeightFormat:
     def stored_bytes(self, weight: NDArray[np.generic]) -> int:
         """Returns how many bytes a (O, …) weight takes in the package's file."""
         elements = blob_bytes(-(-weight.size * self.bits // 8))
+        if self.bits == _HALF_BITS:
+            return elements
         if self.is_palette:
             return elements + blob_bytes(_HALF_BYTES << self.bits)
         scales = self._scales(weight)
@@ -71,6 +75,7 @@ class WeightFormat:
 FORMATS = {
     one.name: one
     for one in (
+        WeightFormat("float16", _HALF_BITS, is_palette=False, oldest_target="ios17"),
         WeightFormat("int8", 8, is_palette=False, oldest_target="ios17"),
         WeightFormat("int4", 4, is_palette=False, oldest_target="ios18"),
         WeightFormat("palette8", 8, is_palette=True, oldest_target="ios17"),
@@ -105,11 +110,12 @@ def compress_weights(model: Any, choose: Callable[[NDArray[np.generic]], str]) -
         choose: Returns the name of a weight's format in `FORMATS`; asked about compressible
             weights only. Where int4 does not fit a weight's shape, int8 is taken.
     """
-    chosen = {
+    wanted = {
         name: _fitting(FORMATS[choose(entry.val)], entry.val)
         for name, entry in cto.get_weights_metadata(model, weight_threshold=_SMALLEST).items()
         if is_compressible(entry.val)
     }
+    chosen = {name: one for name, one in wanted.items() if one.bits != _HALF_BITS}
     steps = {name: _step_config(one) for name, one in chosen.items() if not one.is_palette}
     if steps:
         model = cto.linear_quantize_weights(model, _only(steps))

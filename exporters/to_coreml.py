@@ -21,6 +21,7 @@ from torch import nn
 
 from cq_edge.errors import ExportError
 from cq_edge.quiet import without_chatter
+from exporters.coreml_torch_ops import register_torch_ops
 from exporters.graph_spec import GraphSpec
 
 TARGETS = {"ios17": ct.target.iOS17, "ios18": ct.target.iOS18}
@@ -71,7 +72,7 @@ def export_coreml(
     """
     places = {}
     shares = target != "ios17" and set(UNET_GRAPHS) <= set(modules)
-    with _quiet(), tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with quiet(), tempfile.TemporaryDirectory(dir=folder) as scratch:
         for name, module in modules.items():
             shared = shares and name in UNET_GRAPHS
             package = (Path(scratch) if shared else folder) / f"{_PACKAGES[name]}.mlpackage"
@@ -102,13 +103,14 @@ def _convert(module: nn.Module, spec: GraphSpec, target: str) -> Any:
     examples = tuple(torch.zeros(i.shape, dtype=getattr(torch, i.dtype)) for i in spec.inputs)
 
     def convert() -> Any:
+        register_torch_ops()
         with torch.no_grad():
             program = torch.export.export(module, examples, strict=False).run_decompositions({})
         return ct.convert(
             program,
             convert_to="mlprogram",
             minimum_deployment_target=TARGETS[target],
-            compute_precision=ct.transform.FP16ComputePrecision(_is_computed_in_float16),
+            compute_precision=half_precision(),
             skip_model_load=True,
             inputs=[ct.TensorType(i.name, i.shape, _NUMPY[i.dtype]) for i in spec.inputs],
             outputs=[ct.TensorType(o.name, dtype=_NUMPY[o.dtype]) for o in spec.outputs],
@@ -117,10 +119,23 @@ def _convert(module: nn.Module, spec: GraphSpec, target: str) -> Any:
     return _named(spec.name, "converted", convert)
 
 
+def half_precision() -> Any:
+    """Returns what tells coremltools to compute in float16, but for what would not bear it."""
+    return ct.transform.FP16ComputePrecision(_is_computed_in_float16)
+
+
 def _is_computed_in_float16(operation: Any) -> bool:
     """Returns whether an operation is rounded to float16: all are but those that lead to the
-    timestep's sinusoids, where float16 cannot tell neighbouring timesteps apart."""
-    return not _leads_to_sinusoids(operation)
+    timestep's sinusoids, where float16 cannot tell neighbouring timesteps apart; and the
+    convolution of the latents, in which the last timesteps' noise is so small that rounding them
+    would alone cost the noise prediction what float16 may cost."""
+    if operation.op_type.startswith("constexpr_"):  # a weight: as what computes with it
+        return all(map(_is_computed_in_float16, operation.outputs[0].child_ops))
+    return not _leads_to_sinusoids(operation) and not _reads_latents(operation)
+
+
+def _reads_latents(operation: Any) -> bool:
+    return operation.op_type == "conv" and operation.x.op is None  # an input of the graph
 
 
 def _leads_to_sinusoids(operation: Any) -> bool:
@@ -160,7 +175,7 @@ def _named(graph: str, done: str, action: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the toolchain's progress bars, logs and deprecations; errors still raise."""
     with without_chatter(logging.ERROR), redirect_stderr(io.StringIO()):
         yield

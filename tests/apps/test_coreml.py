@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
+import subprocess
 from itertools import pairwise
 
 import coremltools as ct
@@ -16,6 +18,7 @@ from apps.build_coreml import CoreMLOptions, size_warning
 from apps.cli import main
 from cq_edge.manifest import MANIFEST_FILE, read_manifest
 from cq_edge.metrics import psnr_db
+from runtime.mil.interpreter import read_functions
 from tests.tiny_pipeline import save_tiny_pipeline
 
 _PROMPT = "a red star"
@@ -37,7 +40,7 @@ def _build(folder, *words):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A Core ML bundle, and what --json printed."""
-    return _build(tmp_path_factory.mktemp("coreml"), "--backend", "coreml")
+    return _build(tmp_path_factory.mktemp("coreml"), "--backend", "coreml", "--layout", "apple")
 
 
 @pytest.fixture
@@ -97,6 +100,30 @@ def test_the_bundle_is_small_shares_its_weights_and_passes_its_floors(built):
     assert {path.split("/")[0] for path in manifest.files} >= {
         "TextEncoder.mlpackage", "Unet.mlpackage", "VAEDecoder.mlpackage", "checks.npz",
     }  # fmt: skip
+
+
+def test_the_layout_for_apples_pipeline_has_its_resources_and_the_script_that_compiles(built):
+    folder = built[0] / "apple"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "TextEncoder.mlpackage", "Unet.mlpackage", "VAEDecoder.mlpackage", "compile.sh",
+        "merges.txt", "vocab.json",
+    ]  # fmt: skip
+    for file in ("vocab.json", "merges.txt"):
+        assert (folder / file).read_bytes() == (built[0] / "tokenizer" / file).read_bytes()
+    assert read_functions(folder / "Unet.mlpackage")["main"].output_names == ("noise_pred",)
+
+
+def test_the_script_compiles_each_package_and_copies_the_vocabulary(copy, tmp_path):
+    """With a compiler that only makes the folder: the real one needs a Mac."""
+    tools, folder = tmp_path / "tools", copy / "apple"
+    tools.mkdir()
+    (tools / "xcrun").write_text('#!/bin/sh\nmkdir "$4/$(basename "$3" .mlpackage).mlmodelc"\n')
+    (tools / "xcrun").chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    subprocess.run([folder / "compile.sh"], check=True, env={"PATH": path})
+    assert sorted(path.name for path in (folder / "Resources").iterdir()) == [
+        "TextEncoder.mlmodelc", "Unet.mlmodelc", "VAEDecoder.mlmodelc", "merges.txt", "vocab.json",
+    ]  # fmt: skip
 
 
 def test_a_bundle_as_it_was_built_verifies(built, capsys):
@@ -193,6 +220,20 @@ def test_both_backends_make_the_same_picture_of_one_bundle(tmp_path, capsys):
             ("--coreml-weights", "int4", "--coreml-target", "ios17"),
             "--coreml-weights int4 needs --coreml-target ios18: iOS 17 cannot express it; there, "
             "take palette4 (two packages, Unet and UnetShallow)",
+        ),
+        (
+            ("--backend", "executorch", "--layout", "apple"),
+            "--layout apple is of Core ML: add --backend coreml",
+        ),
+        (
+            ("--layout", "executorch", "--coreml-target", "ios17"),
+            "--layout executorch keeps both UNet graphs in one model, of weights that torchao "
+            "rounds: it takes --coreml-target ios18 and --attention original only",
+        ),
+        (
+            ("--coreml-weights", "torchao-int8", "--attention", "split-einsum"),
+            "--coreml-weights torchao-int8 takes --attention original only: split-einsum reads "
+            "weights in another shape; int8 and int4 take both",
         ),
         (
             ("--coreml-weights", "int8", "--compression", "6"),

@@ -1,13 +1,16 @@
 import re
 
+import coremltools as ct
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from cq_edge.errors import UsageError
+from cq_edge.errors import ExportError, UsageError
 from cq_edge.manifest import TensorSpec
 from cq_edge.metrics import sqnr_db
+from cq_edge.model.eight_bit_activations import with_rounded_inputs
+from cq_edge.model.weight_only import with_weights_of
 from exporters.coreml_mix import choose_formats
 from exporters.coreml_palette import palette
 from exporters.coreml_weights import FORMATS, compress_weights, weight_key
@@ -29,7 +32,7 @@ class _Net(nn.Module):
         self.linear = nn.Linear(64, 64)
 
     def forward(self, x):
-        hidden = self.conv(x)
+        hidden = self.conv(x.tanh())  # a convolution of an input is computed in float32
         return self.linear(hidden.mean((2, 3))), hidden
 
 
@@ -92,6 +95,52 @@ def test_a_format_in_the_package_computes_with_the_weights_it_says(name, tmp_pat
         assert sqnr_db(array, found[output]) > 45, output
     smallest = sum(p.numel() for p in _Net().parameters()) * FORMATS[name].bits / 8
     assert smallest < weight_bytes(package) < 1.15 * smallest + 1500
+
+
+def _agreement_of(net, folder, target):
+    """Returns the package's worst agreement with a module, dB, and its operators' kinds."""
+    places = export_coreml({"denoise": net}, {"denoise": _SPEC}, folder, target)
+    package = folder / places["denoise"].package
+    expected, found = module_graph(net, _SPEC)(_X), read_functions(package)["main"].run(_X)
+    program = ct.utils.load_spec(str(package)).mlProgram.functions["main"]
+    operations = program.block_specializations[program.opset].operations
+    worst = min(sqnr_db(array, found[name]) for name, array in expected.items())
+    return worst, {operation.type for operation in operations}
+
+
+@pytest.mark.parametrize(
+    ("bits", "target", "operator"),
+    [
+        (8, "ios18", "constexpr_blockwise_shift_scale"),
+        (4, "ios18", "constexpr_blockwise_shift_scale"),
+        (8, "ios17", "constexpr_affine_dequantize"),
+    ],
+)
+def test_torchaos_weights_are_carried_into_the_package(bits, target, operator, tmp_path):
+    net = with_weights_of(_Net().eval().requires_grad_(requires_grad=False), bits)
+    worst, operators = _agreement_of(net, tmp_path, target)
+    assert worst > 50
+    assert operator in operators
+    smallest = sum(p.numel() for p in _Net().parameters()) * bits / 8
+    package = tmp_path / "Unet.mlpackage"
+    assert smallest < weight_bytes(package) < 1.15 * smallest + 1500
+
+
+def test_four_bits_in_blocks_on_ios17_are_refused(tmp_path):
+    net = with_weights_of(_Net().eval().requires_grad_(requires_grad=False), 4)
+    with pytest.raises(ExportError, match="graph denoise could not be converted"):
+        export_coreml({"denoise": net}, {"denoise": _SPEC}, tmp_path, "ios17")
+
+
+@pytest.mark.parametrize("target", ["ios17", "ios18"])
+def test_eight_bit_activations_compute_in_the_package_as_in_torch(target, tmp_path):
+    """Single operators: over a whole UNet a rounding that falls the other way is as large as the
+    rounding itself."""
+    graphs = nn.ModuleList([_Net().eval().requires_grad_(requires_grad=False)])
+    rounded = with_rounded_inputs(graphs, [(graphs[0], (torch.from_numpy(_X["x"]),))])
+    worst, operators = _agreement_of(with_weights_of(rounded, 8)[0], tmp_path, target)
+    assert worst > 45
+    assert {"quantize", "dequantize"} <= operators
 
 
 def test_fewer_bits_take_fewer_bytes_and_more_error(tmp_path):

@@ -7,49 +7,21 @@ from torch import nn
 
 from cq_edge.errors import ExportError
 from cq_edge.metrics import sqnr_db
-from cq_edge.model.graphs import DecodeGraph, EncodeGraph
-from cq_edge.model.split import TimeEmbedding, split_unet
+from cq_edge.model.split import TimeEmbedding
 from exporters.coreml_weights import compress_weights
-from exporters.graph_spec import graph_specs
 from exporters.module_graph import module_graph
 from exporters.parity import check_parity
 from exporters.to_coreml import export_coreml, weight_bytes
 from runtime.mil.interpreter import read_functions
-from tests.model.tiny_models import tiny_text, tiny_unet, tiny_vae
-
-_UNET = {"layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": 32}
-
-
-def _modules():
-    full, shallow = split_unet(tiny_unet(**_UNET))
-    return {
-        "encode": EncodeGraph(tiny_text()).eval(),
-        "denoise": full.eval(),
-        "denoise_shallow": shallow.eval(),
-        "decode": DecodeGraph(tiny_vae(attention=False)).eval(),
-    }
-
-
-_SPECS = graph_specs(
-    (4, 8, 8), (16, 16), embedding_width=32, feature_channels=16, consumed_channels=32
-)
-
-
-def _arrays(spec, timestep):
-    generator = np.random.default_rng(int(timestep))
-    arrays = {i.name: generator.standard_normal(i.shape).astype(i.dtype) for i in spec.inputs}
-    if "timestep" in arrays:
-        arrays["timestep"] = np.array([timestep], np.float32)
-    if "input_ids" in arrays:
-        arrays["input_ids"] = generator.integers(0, 99, (1, 77))
-    return arrays
+from tests.exporters.tiny_graphs import SPECS, UNET, tiny_arrays, tiny_graphs
+from tests.model.tiny_models import tiny_unet
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Float16 packages: (folder, places, modules)."""
-    folder, modules = tmp_path_factory.mktemp("coreml"), _modules()
-    return folder, export_coreml(modules, _SPECS, folder), modules
+    folder, modules = tmp_path_factory.mktemp("coreml"), tiny_graphs()
+    return folder, export_coreml(modules, SPECS, folder), modules
 
 
 def test_both_unet_graphs_are_functions_of_one_package(exported):
@@ -72,17 +44,17 @@ def test_names_and_shapes_are_those_of_the_contract(exported):
     folder, places, _ = exported
     for name, place in places.items():
         function = read_functions(folder / place.package)[place.function]
-        shapes = {tensor.name: tensor.shape for tensor in _SPECS[name].inputs}
+        shapes = {tensor.name: tensor.shape for tensor in SPECS[name].inputs}
         assert function.input_shapes == shapes
-        assert function.output_names == tuple(tensor.name for tensor in _SPECS[name].outputs)
+        assert function.output_names == tuple(tensor.name for tensor in SPECS[name].outputs)
 
 
 def test_every_function_computes_what_its_module_does_early_and_late(exported):
     folder, places, modules = exported
     for name, place in places.items():
         run = read_functions(folder / place.package)[place.function].run
-        inputs = [_arrays(_SPECS[name], timestep) for timestep in (999.0, 500.25, 1.0)]
-        check_parity(name, module_graph(modules[name], _SPECS[name]), run, inputs, 50.0)
+        inputs = [tiny_arrays(SPECS[name], timestep) for timestep in (999.0, 500.25, 1.0)]
+        check_parity(name, module_graph(modules[name], SPECS[name]), run, inputs, 50.0)
 
 
 def test_shared_weights_are_stored_once(exported):
@@ -94,28 +66,28 @@ def test_shared_weights_are_stored_once(exported):
 
 @pytest.mark.slow
 def test_they_are_stored_once_when_compressed_too(tmp_path):
-    modules = {name: m for name, m in _modules().items() if name.startswith("denoise")}
+    modules = {name: m for name, m in tiny_graphs().items() if name.startswith("denoise")}
     kinds = {2: "palette6", 4: "int8"}
     compress = lambda model: compress_weights(model, lambda weight: kinds[weight.ndim])  # noqa: E731
-    places = export_coreml(modules, _SPECS, tmp_path, "ios18", compress)
+    places = export_coreml(modules, SPECS, tmp_path, "ios18", compress)
     assert weight_bytes(tmp_path / "Unet.mlpackage") <= 1.03 * places["denoise"].weight_bytes
 
 
 @pytest.mark.slow
 def test_ios17_gets_a_package_for_each_graph_that_computes_the_same(tmp_path):
-    modules = _modules()
-    places = export_coreml(modules, _SPECS, tmp_path, "ios17")
+    modules = tiny_graphs()
+    places = export_coreml(modules, SPECS, tmp_path, "ios17")
     assert places["denoise_shallow"].package == "UnetShallow.mlpackage"
     for name, place in places.items():
         run = read_functions(tmp_path / place.package)["main"].run
-        inputs = [_arrays(_SPECS[name], 981.0)]
-        check_parity(name, module_graph(modules[name], _SPECS[name]), run, inputs, 50.0)
+        inputs = [tiny_arrays(SPECS[name], 981.0)]
+        check_parity(name, module_graph(modules[name], SPECS[name]), run, inputs, 50.0)
 
 
 def test_float16_does_not_blur_neighbouring_timesteps(tmp_path):
-    unet = tiny_unet(**_UNET)
+    unet = tiny_unet(**UNET)
     time = TimeEmbedding(unet.time_proj, nn.Identity()).eval()
-    full = graph_specs((4, 8, 8), (16, 16), 32, 16, 32)["denoise"]
+    full = SPECS["denoise"]
     spec = type(full)("time", full.inputs[1:2], (full.outputs[0],))
     export_coreml({"decode": time}, {"decode": spec}, tmp_path)
     run = read_functions(tmp_path / "VAEDecoder.mlpackage")["main"].run
@@ -128,7 +100,7 @@ def test_float16_does_not_blur_neighbouring_timesteps(tmp_path):
 
 def test_a_module_in_training_mode_is_refused(tmp_path):
     with pytest.raises(ExportError) as refusal:
-        export_coreml({"decode": nn.Identity().train()}, _SPECS, tmp_path)
+        export_coreml({"decode": nn.Identity().train()}, SPECS, tmp_path)
     assert str(refusal.value) == (
         "graph decode is in training mode: call eval() on its module first"
     )
