@@ -73,7 +73,7 @@ def report(device: Device, predicted: Mapping[str, Prediction]) -> str:
     ]
     lines += [
         f"{graph:16} {p.ms:9.1f} {f'{p.low_ms:.1f} to {p.high_ms:.1f}':>22} {p.distance:9.2f} "
-        f"{p.load_ms:9.0f}"
+        f"{'unknown' if p.load_ms is None else f'{p.load_ms:.0f}':>9}"
         for graph, p in predicted.items()
     ]
     lines += [

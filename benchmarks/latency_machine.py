@@ -17,7 +17,7 @@ _RATE_UNCERTAINTY = 0.5
 _FEW_INT8 = WIDTHS[2]
 # a core's rates in proportion to each other, from which fits start: what they do not pin stays so
 _GMACS_PER_S = {"float32": 50.0, "float16": 100.0, "int8": 200.0, "int4": 180.0}
-_GB_PER_S = {kind: 10.0 for kind in KINDS} | {"activation": 5.0, "softmax": 5.0, "layout": 5.0}
+_GB_PER_S = dict.fromkeys(KINDS, 10.0) | {"activation": 5.0, "softmax": 5.0, "layout": 5.0}
 START = {
     **{f"{kind} {dtype}": 1e3 / _GMACS_PER_S[dtype] for kind in PRODUCTS for dtype in DTYPES},
     **{term: 1e3 / rate for term, rate in _GB_PER_S.items()},

@@ -67,14 +67,14 @@ class Prediction:
         high_ms: What 5 % are above.
         distance: From the device's measured graphs: 0 where they pin all that the graph's time is
             made of, 1 where they say nothing about it.
-        load_ms: Loading the graph.
+        load_ms: Loading the graph; None where the device's loading was not measured.
     """
 
     ms: float
     low_ms: float
     high_ms: float
     distance: float
-    load_ms: float
+    load_ms: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,8 @@ class Device:
         dispatch_us: Microseconds that starting an operator takes.
         tile_rows: What the rows of a matrix product are rounded up to a multiple of.
         tile_columns: Likewise its columns.
-        load_ms: Milliseconds that loading a graph takes apart from its weights.
+        load_ms: Milliseconds that loading a graph takes apart from its weights; None, as in the
+            next two, where nobody measured it.
         load_gb_per_s: 10⁹ bytes of weights loaded a second.
         throttling_factor: How many times longer a run takes when the device is hot, 1 or more.
         error: Standard deviation of the relative error on graphs like those measured.
@@ -114,9 +115,9 @@ class Device:
     dispatch_us: float
     tile_rows: int
     tile_columns: int
-    load_ms: float
-    load_gb_per_s: float
-    throttling_factor: float
+    load_ms: float | None
+    load_gb_per_s: float | None
+    throttling_factor: float | None
     error: float
     rate_uncertainty: float
     measured_graphs: tuple[MeasuredGraph, ...] = field(default=())
@@ -125,11 +126,12 @@ class Device:
         """Refuses rates that are no rates; names the field and what is allowed."""
         for name in ("dispatch_us", "tile_rows", "tile_columns", "load_ms", "load_gb_per_s",
                      "error", "rate_uncertainty"):  # fmt: skip
-            _require_above_zero(name, getattr(self, name))
-        if not (math.isfinite(self.throttling_factor) and self.throttling_factor >= 1):
-            raise BundleError(
-                f"throttling_factor is {self.throttling_factor}: it must be finite and 1 or more"
-            )
+            value = getattr(self, name)
+            if value is not None:
+                _require_above_zero(name, value)
+        hot = self.throttling_factor
+        if hot is not None and not (math.isfinite(hot) and hot >= 1):
+            raise BundleError(f"throttling_factor is {hot}: it must be finite and 1 or more")
         for name, known in (("gmacs_per_s", _COMPUTED), ("gb_per_s", MOVED)):
             for term, rate in getattr(self, name).items():
                 if term not in known:
@@ -154,7 +156,8 @@ class Device:
             sustained: Whether the device is hot.
 
         Raises:
-            UsageError: The device has no rate for a product or data type of the graph.
+            UsageError: The device has no rate for a product or data type of the graph, or was
+                never measured hot.
         """
         amounts = terms_of(operators, (self.tile_rows, self.tile_columns))
         costs = self.costs
@@ -170,8 +173,13 @@ class Device:
             raise UsageError("the graph has no operators: there is nothing to predict")
         unpinned, distance = self._uncertainty({term: part / ms for term, part in parts.items()})
         spread = math.exp(_WITHIN * math.hypot(self.error, unpinned))
-        ms *= self.throttling_factor if sustained else 1.0
-        load_ms = self.load_ms + amounts.get("weights", 0.0) * 1e3 / self.load_gb_per_s
+        if sustained:
+            if self.throttling_factor is None:
+                raise UsageError(f"{self.name} has no throttling_factor: it was not measured hot")
+            ms *= self.throttling_factor
+        load_ms = None
+        if self.load_ms is not None and self.load_gb_per_s is not None:
+            load_ms = self.load_ms + amounts.get("weights", 0.0) * 1e3 / self.load_gb_per_s
         return Prediction(ms, ms / spread, ms * spread, distance, load_ms)
 
     def _uncertainty(self, shares: Mapping[str, float]) -> tuple[float, float]:

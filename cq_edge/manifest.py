@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, NoReturn, Self, get_args, get_origin, get_type_hints
 
 from cq_edge.errors import BundleError, CQEdgeError, OutputExistsError
@@ -532,9 +532,12 @@ def decode(kind: Any, value: Any, path: str) -> Any:
         content = _require(dict, value, path)
         return {key: decode(arguments[1], item, f"{path}.{key}") for key, item in content.items()}
     if origin is UnionType:
+        if type(value) is int and int not in arguments and float in arguments:
+            value = float(value)
         if isinstance(value, arguments) and not isinstance(value, bool):
             return value
-        raise BundleError(f"{path} is {_kind(value)}: it must be a string or a number")
+        wanted = "null or a number" if NoneType in arguments else "a string or a number"
+        raise BundleError(f"{path} is {_kind(value)}: it must be {wanted}")
     return _require(kind, value, path)
 
 
