@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,12 @@ class HeldOut:
     low_ms: float
     high_ms: float
     distance: float
+
+    @classmethod
+    def of(cls, point: Point, device: Device) -> Self:
+        """Returns a point as a device that was fitted without it predicts it."""
+        p = device.predict(point.operators)
+        return cls(point, p.ms, p.low_ms, p.high_ms, p.distance)
 
     @property
     def error(self) -> float:
@@ -112,13 +119,17 @@ def splits() -> dict[str, list[Split]]:
     }
 
 
-def device_of(points: Sequence[Point], **words: str) -> Device:
+def device_of(
+    points: Sequence[Point], loads_ms: Mapping[str, float] | None = None, **words: str
+) -> Device:
     """Returns the device that points were measured on, fitted on all of them.
 
     Args:
         points: What to fit.
+        loads_ms: What loading each took, by the setting's name, if it was measured.
         words: The device's fields that are text.
     """
+    load_ms, load_gb_per_s = _loading(points, loads_ms) if loads_ms else (None, None)
     measured = [(terms_of(point.operators, TILE), point.ms) for point in points]
     costs = fit_costs(measured, START, looseness=_LOOSENESS)
     errors = np.array([_ms(amounts, costs) / ms - 1 for amounts, ms in measured])
@@ -134,9 +145,9 @@ def device_of(points: Sequence[Point], **words: str) -> Device:
         dispatch_us=costs["dispatch"] * 1e3,
         tile_rows=TILE[0],
         tile_columns=TILE[1],
-        load_ms=1.0,
-        load_gb_per_s=1.0,
-        throttling_factor=1.0,
+        load_ms=load_ms,
+        load_gb_per_s=load_gb_per_s,
+        throttling_factor=None,
         error=float(np.sqrt(np.square(errors).sum() / free)),
         rate_uncertainty=_RATE_UNCERTAINTY,
         measured_graphs=graphs,
@@ -145,14 +156,12 @@ def device_of(points: Sequence[Point], **words: str) -> Device:
 
 def held_out(points: Sequence[Point], folds: Sequence[Split]) -> list[HeldOut]:
     """Returns the held-out points of all folds, each predicted without its own fold."""
-    found = []
+    found: list[HeldOut] = []
     for fold in folds:
         fitted = [point for point in points if fold.fits(point.setting)]
         device = device_of(fitted, **dict.fromkeys(_WORDS, "held out"))
-        for point in points:
-            if fold.holds_out(point.setting):
-                p = device.predict(point.operators)
-                found.append(HeldOut(point, p.ms, p.low_ms, p.high_ms, p.distance))
+        outside = [point for point in points if fold.holds_out(point.setting)]
+        found += [HeldOut.of(point, device) for point in outside]
     return found
 
 
@@ -166,6 +175,17 @@ def errors_of(found: Sequence[HeldOut]) -> NDArray[np.float64]:
 
 def _ms(amounts: Mapping[str, float], costs: Mapping[str, float]) -> float:
     return sum(amount * costs[term] for term, amount in amounts.items())
+
+
+def _loading(points: Sequence[Point], loads_ms: Mapping[str, float]) -> tuple[float, float]:
+    """Returns the milliseconds of loading a graph, and 10⁹ bytes of weights loaded a second."""
+    rows = [
+        ({"graph": 1.0, "weights": terms_of(p.operators)["weights"]}, loads_ms[p.setting.name])
+        for p in points
+        if p.setting.name in loads_ms
+    ]
+    costs = fit_costs(rows, {"graph": 1.0, "weights": 1e3}, looseness=_LOOSENESS)
+    return round(costs["graph"], 3), _significant(1e3 / costs["weights"])
 
 
 def _shares(amounts: Mapping[str, float], costs: Mapping[str, float]) -> dict[str, float]:

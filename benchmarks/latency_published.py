@@ -173,6 +173,7 @@ def devices(rows: Sequence[Row], date: str) -> dict[str, Device]:
     time of a graph, so that what has nothing else does not ship."""
     timed = [row for row in rows if not row.model.endswith("generation")]
     outs = left_out(timed)
+    everywhere = _rms([out.alone_ms / out.row.ms - 1 for out in outs])
     found = {}
     for chip in {row.chip.file: row.chip for row in timed}.values():
         own = [row for row in timed if row.chip == chip]
@@ -180,7 +181,8 @@ def devices(rows: Sequence[Row], date: str) -> dict[str, Device]:
         alone = [out.alone_ms / out.row.ms - 1 for out in outs if out.row in kin]
         aided = [out.with_own_ms / out.row.ms - 1 for out in outs if out.row in kin
                  and out.with_own_ms is not None]  # fmt: skip
-        spreads = _rms(aided or alone), _rms(alone)
+        # a family of one model says little of others
+        spreads = _rms(aided or alone), max(_rms(alone), everywhere)
         found[chip.file] = _device(chip, own, _moved(fit(kin), own), spreads, date)
     return found
 
