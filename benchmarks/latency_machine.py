@@ -159,7 +159,7 @@ def held_out(points: Sequence[Point], folds: Sequence[Split]) -> list[HeldOut]:
     found: list[HeldOut] = []
     for fold in folds:
         fitted = [point for point in points if fold.fits(point.setting)]
-        device = device_of(fitted, **dict.fromkeys(_WORDS, "held out"))
+        device = device_of(fitted, None, **dict.fromkeys(_WORDS, "held out"))
         outside = [point for point in points if fold.holds_out(point.setting)]
         found += [HeldOut.of(point, device) for point in outside]
     return found
@@ -170,7 +170,8 @@ _WORDS = ("name", "engine", "compute_unit", "source", "date", "measured", "deriv
 
 def errors_of(found: Sequence[HeldOut]) -> NDArray[np.float64]:
     """Returns the absolute relative errors."""
-    return np.abs(np.array([h.error for h in found]))
+    errors: NDArray[np.float64] = np.abs(np.array([h.error for h in found]))
+    return errors
 
 
 def _ms(amounts: Mapping[str, float], costs: Mapping[str, float]) -> float:

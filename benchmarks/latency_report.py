@@ -120,14 +120,15 @@ def _row(question: str, found: Sequence[HeldOut]) -> str:
 def _plans(plans: Plans) -> Iterable[str]:
     predicted = np.array([row[1] for row in plans])
     measured = np.array([row[2] for row in plans])
+    rho = spearman_rho(predicted, measured)
     errors = np.abs(predicted / measured - 1)
     yield "## Plans"
     yield ""
     yield (
         f"{len(plans)} random plans of the demo model's bundle (half of them with skip steps), the "
         "denoising loop of each, predicted from the rates above (fitted without the bundle) and "
-        f"measured, medians of runs in turns: Spearman's rho {spearman_rho(predicted, measured):.3f}"
-        f", median error {np.median(errors):.1%}, worst {errors.max():.1%}; loops of "
+        f"measured, medians of runs in turns: Spearman's rho {rho:.3f}, "
+        f"median error {np.median(errors):.1%}, worst {errors.max():.1%}; loops of "
         f"{measured.min():.0f} to {measured.max():.0f} ms."
     )
     yield ""
@@ -144,7 +145,7 @@ def _published(report: Report) -> Iterable[str]:
         "proportions mean something."
     )
     yield ""
-    yield "| device | engine, unit | what | measured, ms | from others, ms | error | with own, error |"
+    yield "| device | engine, unit | what | measured, ms | others, ms | error | own rows too |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for out in report.published:
         row = out.row
