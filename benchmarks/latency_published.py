@@ -7,6 +7,7 @@ device's own rows are.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -18,6 +19,7 @@ from benchmarks.published_models import text_operators, unet_operators
 from cq_edge.latency_model import Device, MeasuredGraph, fit_costs, terms_of
 from cq_edge.operators import KINDS, PRODUCTS, Operators
 
+_ROWS = Path(__file__).with_name("published_latency.json")
 _PEAKS = Path(__file__).with_name("published_devices.json")
 _MODELS = {
     "stabilityai/stable-diffusion-2-1-base": "sd21",
@@ -113,14 +115,14 @@ class LeftOut:
     with_own_ms: float | None
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows() -> list[Row]:
     """Returns the published rows of devices whose peaks are known."""
     chips = {
         (chip.device, chip.compute_unit): chip
         for chip in (Chip(**entry) for entry in json.loads(_PEAKS.read_text())["devices"])
     }
     found: list[Row] = []
-    for entry in json.loads(path.read_text())["rows"]:
+    for entry in json.loads(_ROWS.read_text())["rows"]:
         chip = chips.get((entry["device"], entry["compute_unit"]))
         if chip is not None:
             found.extend(_rows(chip, entry))
@@ -168,7 +170,7 @@ def pair_orders(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[int, int, in
     return found
 
 
-def devices(rows: Sequence[Row], date: str) -> dict[str, Device]:
+def devices(rows: Sequence[Row]) -> dict[str, Device]:
     """Returns the devices as they ship, by file name; whole generations of unknown steps tell no
     time of a graph, so that what has nothing else does not ship."""
     timed = [row for row in rows if not row.model.endswith("generation")]
@@ -183,7 +185,7 @@ def devices(rows: Sequence[Row], date: str) -> dict[str, Device]:
                  and out.with_own_ms is not None]  # fmt: skip
         # a family of one model says little of others
         spreads = _rms(aided or alone), max(_rms(alone), everywhere)
-        found[chip.file] = _device(chip, own, _moved(fit(kin), own), spreads, date)
+        found[chip.file] = _device(chip, own, _moved(fit(kin), own), spreads)
     return found
 
 
@@ -218,9 +220,7 @@ def _moved(shares: Shares, own: Sequence[Row]) -> Shares:
     return replace(shares, costs=fit_costs(measured, shares.costs, looseness=_OWN_LOOSENESS))
 
 
-def _device(
-    chip: Chip, own: Sequence[Row], shares: Shares, spreads: tuple[float, float], date: str
-) -> Device:
+def _device(chip: Chip, own: Sequence[Row], shares: Shares, spreads: tuple[float, float]) -> Device:
     faster = shares.growth**chip.generation
     computing = chip.gmacs_per_s * faster / shares.costs["computed"]
     moving, loading = (chip.gb_per_s * faster / shares.costs[t] for t in ("moved", "weights"))
@@ -242,7 +242,7 @@ def _device(
         engine=own[0].engine,
         compute_unit=chip.compute_unit,
         source=own[0].source,
-        date=date,
+        date=_date(own[0].source),
         measured="; ".join(f"{row.model} {row.ms:.5g} ms ({row.statistic})" for row in own),
         derived=f"all rates: shares of peaks ({chip.basis}) fitted on the devices of this kind",
         gmacs_per_s={term: rate for term, rate in rounded.items() if " " in term},
@@ -257,6 +257,12 @@ def _device(
         rate_uncertainty=round(uncertainty, 4),
         measured_graphs=tuple(measured),
     )
+
+
+def _date(source: str) -> str:
+    """Returns the month that a source names."""
+    found = re.search(r"[A-Z][a-z]{2} 20\d\d", source)
+    return found.group() if found else "not stated by the source"
 
 
 def _rms(errors: Sequence[float]) -> float:

@@ -30,7 +30,6 @@ from exporters.program_operators import program_operators
 from runtime.bundle import Bundle, open_bundle
 
 _DEVICE = "amd-epyc-zen4-1-thread"
-_PUBLISHED_ON = "2023 to 2025, see source"
 
 
 def main() -> None:
@@ -42,7 +41,6 @@ def main() -> None:
     add("--bundles", type=Path, nargs="*", default=[], help="held out whole, the first for plans")
     add("--work", type=Path, default=Path("out/latency"), help="keeps exports and times")
     add("--rounds", type=int, default=20, help="of a turn for every graph")
-    add("--published", type=Path, help="rows of published measurements, JSON")
     add("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -60,8 +58,8 @@ def main() -> None:
     if args.bundles:
         found["the demo model's bundles from the rest"] = _bundles(device, points)
         plans = measured_plans(open_bundle(args.bundles[0]), device, args.work, args.rounds > 0)
-    rows = read_rows(args.published) if args.published else []
-    for name, published in devices(rows, _PUBLISHED_ON).items() if rows else ():
+    rows = read_rows()
+    for name, published in devices(rows).items():
         _write_device(name, published)
     write_report(Report(points, found, device, plans, left_out(rows), pair_orders(rows)), args.docs)
 
