@@ -40,7 +40,8 @@ _ENGINES = {"executorch-xnnpack": "xnnpack"}  # what a bundle calls it
 _LOOSENESS = 3.0  # of the shares against each other
 _OWN_LOOSENESS = 0.5  # of a device against its family
 _GROWTHS = np.arange(1.0, 2.001, 0.02)  # of Qualcomm's NPUs from one generation to the next
-_DISPATCH_US = 0.1  # small beside everything: no published row pins it
+_DISPATCH_US = 1.0  # little beside the rest: no published row pins it
+_RATE_UNCERTAINTY = 0.5
 _TIE = 0.03
 _PARTS = ("computed", "moved", "weights")
 _GROWTH = 1.2  # where nothing says more than that newer ones are faster
@@ -175,7 +176,6 @@ def devices(rows: Sequence[Row]) -> dict[str, Device]:
     time of a graph, so that what has nothing else does not ship."""
     timed = [row for row in rows if not row.model.endswith("generation")]
     outs = left_out(timed)
-    everywhere = _rms([out.alone_ms / out.row.ms - 1 for out in outs])
     found = {}
     for chip in {row.chip.file: row.chip for row in timed}.values():
         own = [row for row in timed if row.chip == chip]
@@ -183,9 +183,7 @@ def devices(rows: Sequence[Row]) -> dict[str, Device]:
         alone = [out.alone_ms / out.row.ms - 1 for out in outs if out.row in kin]
         aided = [out.with_own_ms / out.row.ms - 1 for out in outs if out.row in kin
                  and out.with_own_ms is not None]  # fmt: skip
-        # a family of one model says little of others
-        spreads = _rms(aided or alone), max(_rms(alone), everywhere)
-        found[chip.file] = _device(chip, own, _moved(fit(kin), own), spreads)
+        found[chip.file] = _device(chip, own, _moved(fit(kin), own), _rms(aided or alone))
     return found
 
 
@@ -220,7 +218,7 @@ def _moved(shares: Shares, own: Sequence[Row]) -> Shares:
     return replace(shares, costs=fit_costs(measured, shares.costs, looseness=_OWN_LOOSENESS))
 
 
-def _device(chip: Chip, own: Sequence[Row], shares: Shares, spreads: tuple[float, float]) -> Device:
+def _device(chip: Chip, own: Sequence[Row], shares: Shares, error: float) -> Device:
     faster = shares.growth**chip.generation
     computing = chip.gmacs_per_s * faster / shares.costs["computed"]
     moving, loading = (chip.gb_per_s * faster / shares.costs[t] for t in ("moved", "weights"))
@@ -236,7 +234,6 @@ def _device(chip: Chip, own: Sequence[Row], shares: Shares, spreads: tuple[float
         divided = {term: round(part / total, 4) for term, part in parts.items()}
         measured.append(MeasuredGraph(row.model, round(row.ms, 2), divided))
     rounded = {term: round(rate, 2) for term, rate in rates.items()}
-    error, uncertainty = spreads
     return Device(
         name=chip.device,
         engine=own[0].engine,
@@ -254,7 +251,7 @@ def _device(chip: Chip, own: Sequence[Row], shares: Shares, spreads: tuple[float
         load_gb_per_s=None,
         throttling_factor=None,
         error=round(error, 4),
-        rate_uncertainty=round(uncertainty, 4),
+        rate_uncertainty=_RATE_UNCERTAINTY,
         measured_graphs=tuple(measured),
     )
 
