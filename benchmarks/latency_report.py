@@ -61,8 +61,8 @@ def _machine(report: Report) -> Iterable[str]:
     yield "## This machine"
     yield ""
     yield (
-        f"{device.name}, {device.engine}, {device.date}; other work ran beside it. {len(points)} "
-        f"graphs of {min(times):.1f} to {max(times):.0f} ms, each the median of its turns; the "
+        f"{device.name}, {device.engine}, {device.date}; processor time of the one thread. "
+        f"{len(points)} graphs of {min(times):.1f} to {max(times):.0f} ms, each the median of its turns; the "
         f"turns' interquartile range is {np.median(spreads):.1%} of that (median over the graphs; "
         f"worst {max(spreads):.0%}). Graphs: UNets of random weights, full and shallow, with "
         "transformers at their upper level or in the middle alone, 32 to 256 channels, latents "
@@ -125,10 +125,10 @@ def _plans(plans: Plans) -> Iterable[str]:
     yield "## Plans"
     yield ""
     yield (
-        f"{len(plans)} random plans of the demo model's bundle (half of them with skip steps), the "
-        "denoising loop of each, predicted from the rates above (fitted without the bundle) and "
+        f"{len(plans)} random plans of the demo model's bundle (half of them with skip steps), a "
+        "picture by each, predicted from the rates above (fitted without the bundle) and "
         f"measured, medians of runs in turns: Spearman's rho {rho:.3f}, "
-        f"median error {np.median(errors):.1%}, worst {errors.max():.1%}; loops of "
+        f"median error {np.median(errors):.1%}, worst {errors.max():.1%}; pictures of "
         f"{measured.min():.0f} to {measured.max():.0f} ms."
     )
     yield ""

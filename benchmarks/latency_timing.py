@@ -1,10 +1,14 @@
-"""Times graphs in turns, so that a disturbance meets many of them a little, not one whole."""
+"""Times graphs in turns, so that a disturbance meets many of them a little, not one whole.
+
+What is timed is one thread's processor time: what a run takes on a core of its own, also where
+other programs take the core away now and then. Caches and memory are shared with them still.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
-from time import perf_counter
+from time import thread_time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +34,9 @@ def loaded(path: Path, spec: GraphSpec) -> tuple[Run, float]:
     """Returns a function that runs one graph on noise, and the milliseconds of loading it, the
     file being in the system's memory."""
     path.read_bytes()
-    before = perf_counter()
+    before = thread_time()
     graph = load_graph(path, spec)
-    load_ms = (perf_counter() - before) * 1e3
+    load_ms = (thread_time() - before) * 1e3
     rng = np.random.default_rng(0)
     arrays: dict[str, NDArray[np.generic]] = {
         i.name: np.zeros(i.shape, np.int64)
@@ -70,7 +74,7 @@ def _turn(run: Run) -> float:
     run()  # the first one finds the caches full of another graph
     taken: list[float] = []
     while len(taken) < _FEWEST or sum(taken) < _TURN_MS:
-        before = perf_counter()
+        before = thread_time()
         run()
-        taken.append((perf_counter() - before) * 1e3)
+        taken.append((thread_time() - before) * 1e3)
     return median(taken)
