@@ -62,11 +62,11 @@ def _machine(report: Report) -> Iterable[str]:
     yield ""
     yield (
         f"{device.name}, {device.engine}, {device.date}; processor time of the one thread. "
-        f"{len(points)} graphs of {min(times):.1f} to {max(times):.0f} ms, each the median of its turns; the "
-        f"turns' interquartile range is {np.median(spreads):.1%} of that (median over the graphs; "
-        f"worst {max(spreads):.0%}). Graphs: UNets of random weights, full and shallow, with "
-        "transformers at their upper level or in the middle alone, 32 to 256 channels, latents "
-        "of 8 to 64, float32 and int8; text encoders; decoders; where named, the demo model's "
+        f"{len(points)} graphs of {min(times):.1f} to {max(times):.0f} ms, each the median of its "
+        f"turns; the turns' interquartile range is {np.median(spreads):.1%} of that (median over "
+        f"the graphs; worst {max(spreads):.0%}). Graphs: UNets of random weights, full, shallow, "
+        "transformers at the upper level or in the middle alone, 32 to 256 channels, latents "
+        "of 8 to 64, float32, int8; text encoders; decoders; where named, the demo model's "
         "own bundles, never fitted."
     )
     yield ""
@@ -104,6 +104,7 @@ def _machine(report: Report) -> Iterable[str]:
     for term, rate in device.gb_per_s.items():
         yield f"| {term} | {rate:.4g} GB/s |"
     yield f"| dispatch | {device.dispatch_us:.3g} µs |"
+    yield f"| call | {device.call_us:.3g} µs |"
     yield ""
 
 

@@ -11,6 +11,7 @@ The units ("terms") of a graph, each with a device's cost:
     {kind}           10⁹ bytes that operators of a kind read and write, weights apart
     weights          10⁹ bytes of constants
     dispatch         operators
+    calls            of the engine: once for each piece that a delegate runs
 """
 
 import math
@@ -31,6 +32,8 @@ DEVICES = Path(__file__).parent / "devices"
 MOVED = (*(kind for kind in KINDS), "weights")
 """What has a rate in bytes per second."""
 _COMPUTED = tuple(f"{kind} {dtype}" for kind in PRODUCTS for dtype in DTYPES)
+_ABOVE_ZERO = ("dispatch_us", "call_us", "tile_rows", "tile_columns", "load_ms", "load_gb_per_s",
+               "error", "rate_uncertainty")  # fmt: skip
 _WITHIN = 1.645  # standard deviations to either side that hold 90 % of a normal distribution
 
 
@@ -92,6 +95,7 @@ class Device:
         gmacs_per_s: Sustained 10⁹ multiply-adds a second, by kind of product and data type.
         gb_per_s: Sustained 10⁹ bytes a second, by kind of operator, and of weights.
         dispatch_us: Microseconds that starting an operator takes.
+        call_us: Microseconds that calling the engine takes, apart from what it moves.
         tile_rows: What the rows of a matrix product are rounded up to a multiple of.
         tile_columns: Likewise its columns.
         load_ms: Milliseconds that loading a graph takes apart from its weights; None, as in the
@@ -113,6 +117,7 @@ class Device:
     gmacs_per_s: Mapping[str, float]
     gb_per_s: Mapping[str, float]
     dispatch_us: float
+    call_us: float
     tile_rows: int
     tile_columns: int
     load_ms: float | None
@@ -124,8 +129,7 @@ class Device:
 
     def __post_init__(self) -> None:
         """Refuses rates that are no rates; names the field and what is allowed."""
-        for name in ("dispatch_us", "tile_rows", "tile_columns", "load_ms", "load_gb_per_s",
-                     "error", "rate_uncertainty"):  # fmt: skip
+        for name in _ABOVE_ZERO:
             value = getattr(self, name)
             if value is not None:
                 _require_above_zero(name, value)
@@ -146,7 +150,7 @@ class Device:
         """Milliseconds that a unit of each term takes."""
         per_second = {**self.gmacs_per_s, **self.gb_per_s}
         costs = {term: 1e3 / rate for term, rate in per_second.items()}
-        return {**costs, "dispatch": self.dispatch_us * 1e-3}
+        return {**costs, "dispatch": self.dispatch_us * 1e-3, "calls": self.call_us * 1e-3}
 
     def predict(self, operators: Operators, *, sustained: bool = False) -> Prediction:
         """Returns how long a graph takes.
@@ -250,7 +254,7 @@ def terms_of(operators: Operators, tile: tuple[int, int] = (1, 1)) -> dict[str, 
         moved = operator.count * (operator.read_bytes + operator.written_bytes)
         amounts[operator.kind] += moved / 1e9
         amounts["weights"] += operator.count * operator.weight_bytes / 1e9
-        amounts["dispatch"] += operator.count
+        amounts["calls" if operator.kind == "call" else "dispatch"] += operator.count
     return {term: amount for term, amount in amounts.items() if amount > 0}
 
 
@@ -296,5 +300,5 @@ def _require_above_zero(name: str, value: float) -> None:
 
 
 def _require_known_term(name: str, term: str) -> None:
-    if term not in (*_COMPUTED, *MOVED, "dispatch"):
+    if term not in (*_COMPUTED, *MOVED, "dispatch", "calls"):
         raise BundleError(f"{name} has {term!r}, which is no term of the latency model")

@@ -39,8 +39,10 @@ def module_operators(
     bytes_per_element = {"float32": 4, "float16": 2, "int8": 1}[dtype]
     watch = _Watch(dtype, bytes_per_element, weight_bits)
     with torch.no_grad(), watch:
-        module(*inputs)
-    return merged(watch.found)
+        outputs = module(*inputs)
+    ends = sum(tensor.numel() for tensor in _tensors((inputs, outputs))) * bytes_per_element
+    call = Operator("call", dtype, 1, 0, 0, 0, ends, 0, 0)
+    return merged([call, *watch.found])
 
 
 class _Watch(TorchFunctionMode):

@@ -18,6 +18,7 @@ from cq_edge.latency_model import (
 from cq_edge.operators import Operator
 
 LINEAR = Operator("linear", "float32", 1, 100, 64, 20, 25600, 5120, 8000, count=2)
+CALL = Operator("call", "float32", 1, 0, 0, 0, 400, 0, 0)
 ADD = Operator("elementwise", "float32", 1, 0, 0, 0, 2000, 0, 1000)
 
 
@@ -32,6 +33,7 @@ def device(**changes):
             gmacs_per_s={"linear float32": 10.0},
             gb_per_s=dict.fromkeys(MOVED, 5.0),
             dispatch_us=2.0,
+            call_us=50.0,
             tile_rows=1,
             tile_columns=16,
             load_ms=1.5,
@@ -46,12 +48,12 @@ def device(**changes):
 
 def test_a_prediction_is_the_sum_of_what_is_computed_moved_and_dispatched():
     computed = 2 * 100 * 64 * 32 / 10e9  # 20 columns are two tiles of 16
-    moved = (2 * (25600 + 8000) + 3000 + 2 * 5120) / 5e9
-    expected = (computed + moved + 3 * 2e-6) * 1e3
-    found = device().predict((LINEAR, ADD))
+    moved = (2 * (25600 + 8000) + 3000 + 400 + 2 * 5120) / 5e9
+    expected = (computed + moved + 3 * 2e-6 + 50e-6) * 1e3
+    found = device().predict((CALL, LINEAR, ADD))
     assert found.ms == pytest.approx(expected, rel=1e-12)
     assert found.load_ms == pytest.approx(1.5 + 2 * 5120 / 0.5e9 * 1e3)
-    hot = device().predict((LINEAR, ADD), sustained=True)
+    hot = device().predict((CALL, LINEAR, ADD), sustained=True)
     assert hot.ms == pytest.approx(1.25 * expected, rel=1e-12)
 
 
