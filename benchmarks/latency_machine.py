@@ -12,7 +12,7 @@ from benchmarks.latency_graphs import LATENTS, WIDTHS, Setting
 from cq_edge.latency_model import MOVED, Device, MeasuredGraph, fit_costs, terms_of
 from cq_edge.operators import DTYPES, KINDS, PRODUCTS, Operators
 
-TILE = (7, 32)
+TILE = (1, 16)
 _LOOSENESS = 10.0
 _RATE_UNCERTAINTY = 0.5
 _FEW_INT8 = WIDTHS[2]
@@ -24,6 +24,7 @@ START = {
     **{term: 1e3 / rate for term, rate in _GB_PER_S.items()},
     "weights": 1e3 / 10.0,
     "dispatch": 1e-3,
+    "dispatch int8": 1e-3,
     "calls": 2e-2,
 }
 
@@ -141,9 +142,10 @@ def device_of(
     )
     return Device(
         **words,
-        gmacs_per_s=_rates(costs, lambda term: " " in term),
+        gmacs_per_s=_rates(costs, lambda term: term.split()[0] in PRODUCTS and " " in term),
         gb_per_s=_rates(costs, lambda term: term in MOVED),
         dispatch_us=_significant(costs["dispatch"] * 1e3),
+        dispatch_int8_us=_significant(costs["dispatch int8"] * 1e3),
         call_us=_significant(costs["calls"] * 1e3),
         tile_rows=TILE[0],
         tile_columns=TILE[1],

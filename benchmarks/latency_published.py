@@ -82,7 +82,7 @@ class Row:
         """Returns what arithmetic and memory traffic would take at the device's peaks."""
         amounts = terms_of(self.operators)
         faster = growth**self.chip.generation
-        computed = sum(amount for term, amount in amounts.items() if " " in term)
+        computed = sum(amounts.get(f"{kind} {self.dtype}", 0.0) for kind in PRODUCTS)
         bandwidth = self.chip.gb_per_s * faster
         moved = sum(amounts.get(kind, 0.0) for kind in KINDS)
         return {
@@ -246,6 +246,7 @@ def _device(chip: Chip, own: Sequence[Row], shares: Shares, error: float) -> Dev
         gmacs_per_s={term: rate for term, rate in rounded.items() if " " in term},
         gb_per_s={term: rate for term, rate in rounded.items() if " " not in term},
         dispatch_us=_DISPATCH_US,
+        dispatch_int8_us=_DISPATCH_US,
         call_us=_CALL_US,
         tile_rows=1,
         tile_columns=1,

@@ -104,6 +104,7 @@ def _machine(report: Report) -> Iterable[str]:
     for term, rate in device.gb_per_s.items():
         yield f"| {term} | {rate:.4g} GB/s |"
     yield f"| dispatch | {device.dispatch_us:.3g} µs |"
+    yield f"| dispatch, int8 | {device.dispatch_int8_us:.3g} µs |"
     yield f"| call | {device.call_us:.3g} µs |"
     yield ""
 

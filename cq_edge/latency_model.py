@@ -11,6 +11,7 @@ The units ("terms") of a graph, each with a device's cost:
     {kind}           10⁹ bytes that operators of a kind read and write, weights apart
     weights          10⁹ bytes of constants
     dispatch         operators
+    dispatch int8    operators that quantise or compute on eight bits or fewer
     calls            of the engine: once for each piece that a delegate runs
 """
 
@@ -26,14 +27,17 @@ from numpy.typing import NDArray
 
 from cq_edge.errors import BundleError, UsageError
 from cq_edge.manifest import decode, parse_object
-from cq_edge.operators import DTYPES, KINDS, PRODUCTS, Operators
+from cq_edge.operators import DTYPES, KINDS, PRODUCTS, Operator, Operators
 
 DEVICES = Path(__file__).parent / "devices"
 MOVED = (*(kind for kind in KINDS), "weights")
 """What has a rate in bytes per second."""
 _COMPUTED = tuple(f"{kind} {dtype}" for kind in PRODUCTS for dtype in DTYPES)
-_ABOVE_ZERO = ("dispatch_us", "call_us", "tile_rows", "tile_columns", "load_ms", "load_gb_per_s",
-               "error", "rate_uncertainty")  # fmt: skip
+_STARTED = ("dispatch", "dispatch int8", "calls")
+_ABOVE_ZERO = (
+    "dispatch_us", "dispatch_int8_us", "call_us", "tile_rows", "tile_columns", "load_ms",
+    "load_gb_per_s", "error", "rate_uncertainty",
+)  # fmt: skip
 _WITHIN = 1.645  # standard deviations to either side that hold 90 % of a normal distribution
 
 
@@ -95,6 +99,7 @@ class Device:
         gmacs_per_s: Sustained 10⁹ multiply-adds a second, by kind of product and data type.
         gb_per_s: Sustained 10⁹ bytes a second, by kind of operator, and of weights.
         dispatch_us: Microseconds that starting an operator takes.
+        dispatch_int8_us: Likewise, of those that quantise or compute on eight bits or fewer.
         call_us: Microseconds that calling the engine takes, apart from what it moves.
         tile_rows: What the rows of a matrix product are rounded up to a multiple of.
         tile_columns: Likewise its columns.
@@ -117,6 +122,7 @@ class Device:
     gmacs_per_s: Mapping[str, float]
     gb_per_s: Mapping[str, float]
     dispatch_us: float
+    dispatch_int8_us: float
     call_us: float
     tile_rows: int
     tile_columns: int
@@ -150,7 +156,8 @@ class Device:
         """Milliseconds that a unit of each term takes."""
         per_second = {**self.gmacs_per_s, **self.gb_per_s}
         costs = {term: 1e3 / rate for term, rate in per_second.items()}
-        return {**costs, "dispatch": self.dispatch_us * 1e-3, "calls": self.call_us * 1e-3}
+        started = (self.dispatch_us, self.dispatch_int8_us, self.call_us)
+        return {**costs, **{term: us * 1e-3 for term, us in zip(_STARTED, started, strict=True)}}
 
     def predict(self, operators: Operators, *, sustained: bool = False) -> Prediction:
         """Returns how long a graph takes.
@@ -254,8 +261,16 @@ def terms_of(operators: Operators, tile: tuple[int, int] = (1, 1)) -> dict[str, 
         moved = operator.count * (operator.read_bytes + operator.written_bytes)
         amounts[operator.kind] += moved / 1e9
         amounts["weights"] += operator.count * operator.weight_bytes / 1e9
-        amounts["calls" if operator.kind == "call" else "dispatch"] += operator.count
+        amounts[_started(operator)] += operator.count
     return {term: amount for term, amount in amounts.items() if amount > 0}
+
+
+def _started(operator: Operator) -> str:
+    """Returns the term that starting an operator belongs to."""
+    if operator.kind == "call":
+        return "calls"
+    narrow = operator.kind == "quantise" or operator.dtype in ("int8", "int4")
+    return "dispatch int8" if narrow else "dispatch"
 
 
 def fit_costs(
@@ -300,5 +315,5 @@ def _require_above_zero(name: str, value: float) -> None:
 
 
 def _require_known_term(name: str, term: str) -> None:
-    if term not in (*_COMPUTED, *MOVED, "dispatch", "calls"):
+    if term not in (*_COMPUTED, *MOVED, *_STARTED):
         raise BundleError(f"{name} has {term!r}, which is no term of the latency model")

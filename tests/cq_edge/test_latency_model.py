@@ -33,6 +33,7 @@ def device(**changes):
             gmacs_per_s={"linear float32": 10.0},
             gb_per_s=dict.fromkeys(MOVED, 5.0),
             dispatch_us=2.0,
+            dispatch_int8_us=3.0,
             call_us=50.0,
             tile_rows=1,
             tile_columns=16,
@@ -55,6 +56,12 @@ def test_a_prediction_is_the_sum_of_what_is_computed_moved_and_dispatched():
     assert found.load_ms == pytest.approx(1.5 + 2 * 5120 / 0.5e9 * 1e3)
     hot = device().predict((CALL, LINEAR, ADD), sustained=True)
     assert hot.ms == pytest.approx(1.25 * expected, rel=1e-12)
+
+
+def test_quantised_operators_are_dispatched_at_their_own_cost():
+    quantise = replace(ADD, kind="quantise")
+    terms = terms_of((LINEAR, quantise, replace(LINEAR, dtype="int8")))
+    assert (terms["dispatch"], terms["dispatch int8"]) == (2, 3)
 
 
 def test_terms_scale_with_counts():
