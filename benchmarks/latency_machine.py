@@ -97,6 +97,14 @@ def splits() -> dict[str, list[Split]]:
     def is_few(setting: Setting) -> bool:
         return setting.widths == _FEW_INT8 and setting.graph == "denoise_shallow"
 
+    def came_later(setting: Setting) -> bool:
+        """Whether it was exported when the form of the model had been chosen on the others."""
+        if setting.graph == "decode":
+            return setting.latents > 8
+        return setting.graph == "encode" or (
+            setting.graph == "denoise" and setting.widths[0] >= 128
+        )
+
     return {
         "other widths": other("width", lambda s: s.widths, WIDTHS),
         "other latents": other("latents", lambda s: s.latents, LATENTS),
@@ -115,6 +123,9 @@ def splits() -> dict[str, list[Split]]:
         ],
         "int8 from float32 alone": [
             Split("int8", lambda s: s.dtype == "float32", lambda s: s.dtype == "int8")
+        ],
+        "what came after the form was chosen": [
+            Split("later", lambda s: not came_later(s), came_later)
         ],
         "decoders from the rest": one_way("decode", lambda s: s.graph != "decode", "decode"),
         "text encoders from the rest": one_way("encode", lambda s: s.graph != "encode", "encode"),

@@ -53,7 +53,7 @@ def main() -> None:
     fitted = [point for point in points if not point.setting.kind.startswith("bundle")]
     device = device_of(fitted, json.loads(loading.read_text()), **_words(len(fitted)))
     _write_device(_DEVICE, device)
-    found = {question: held_out(points, folds) for question, folds in splits().items()}
+    found = {question: held_out(fitted, folds) for question, folds in splits().items()}
     plans = None
     if args.bundles:
         found["the demo model's bundles from the rest"] = _bundles(device, points)
