@@ -77,8 +77,8 @@ def _machine(report: Report) -> Iterable[str]:
         "the prediction's 90 % range. Distance: 0 where measured graphs pin the time, 1 where "
         "they say nothing. Tile, looseness and which operators have a term of their own were chosen "
         "with these errors in sight; what was exported after that has a row of its own. int8 "
-        "cannot follow from float32 alone: rates in proportion are then assumed (the row says how "
-        "well), or three shallow graphs of one width are fitted too."
+        "cannot follow from float32 alone: rates in proportion are assumed there, and three "
+        "shallow graphs of one width fitted too where the row says so."
     )
     yield ""
     yield "| held out | points | median error | worst | in range | distance, median |"
