@@ -76,7 +76,7 @@ def _machine(report: Report) -> Iterable[str]:
         "graphs. Error: predicted over measured, less 1. In range: the share of measured times in "
         "the prediction's 90 % range. Distance: 0 where measured graphs pin the time, 1 where "
         "they say nothing. Tile, looseness and which operators have a term of their own were "
-        "chosen with these errors in sight; what was exported after that has a row of its own. int8 "
+        "chosen with these errors in sight; what was exported after that has its own row. int8 "
         "cannot follow from float32 alone: rates in proportion are assumed there, and three "
         "shallow graphs of one width fitted too where the row says so."
     )
