@@ -151,23 +151,45 @@ def left_out(rows: Sequence[Row]) -> list[LeftOut]:
     return found
 
 
-def pair_orders(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[int, int, int]]:
-    """Returns for each family and model how many pairs of devices are ordered right when neither
-    was fitted, how many pairs there are, and how many more are ties (measured within 3 %)."""
-    found: dict[tuple[str, str], tuple[int, int, int]] = {}
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How many pairs of devices are in the right order.
+
+    Attributes:
+        neither: With neither device fitted.
+        each: With each predicted from all others, its partner among them.
+        pairs: There are.
+        ties: There are more, measured within 3 %.
+    """
+
+    neither: int = 0
+    each: int = 0
+    pairs: int = 0
+    ties: int = 0
+
+
+def pair_orders(rows: Sequence[Row]) -> dict[tuple[str, str], Order]:
+    """Returns for each family and model how well devices are ordered."""
+    alone_ms = {id(out.row): out.alone_ms for out in left_out(rows)}
+    found: dict[tuple[str, str], Order] = {}
     for first, second in combinations(rows, 2):
         if (first.family, first.model) != (second.family, second.model):
             continue
         key = (" ".join(first.family), first.model)
-        right, pairs, ties = found.get(key, (0, 0, 0))
+        order = found.get(key, Order())
         if abs(first.ms / second.ms - 1) < _TIE:
-            found[key] = (right, pairs, ties + 1)
+            found[key] = replace(order, ties=order.ties + 1)
             continue
         pair = {first.chip.device, second.chip.device}
         rest = [r for r in rows if r.family == first.family and r.chip.device not in pair]
         shares = fit(rest) if rest else Shares(dict.fromkeys(_PARTS, 1.0), _GROWTH)
-        agrees = (shares.ms(first) < shares.ms(second)) == (first.ms < second.ms)
-        found[key] = (right + agrees, pairs + 1, ties)
+        faster = first.ms < second.ms
+        found[key] = replace(
+            order,
+            neither=order.neither + ((shares.ms(first) < shares.ms(second)) == faster),
+            each=order.each + ((alone_ms[id(first)] < alone_ms[id(second)]) == faster),
+            pairs=order.pairs + 1,
+        )
     return found
 
 

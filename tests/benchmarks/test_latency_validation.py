@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.latency_graphs import settings
 from benchmarks.latency_machine import START, Point, held_out, splits
-from benchmarks.latency_published import Chip, Row, fit, pair_orders
+from benchmarks.latency_published import Chip, Order, Row, fit, pair_orders
 from benchmarks.published_models import parameters, text_operators, unet_operators
 from cq_edge.latency_model import terms_of
 from cq_edge.operators import Operator, multiply_adds
@@ -72,4 +72,4 @@ def _row(name, gmacs_per_s, ms):
 def test_a_faster_chip_that_was_never_fitted_is_predicted_faster():
     rows = [_row(f"phone {i}", 1000.0 * i, 3.0 / i + 0.1) for i in (1, 2, 4, 8)]
     assert fit(rows).ms(rows[0]) > fit(rows).ms(rows[-1])
-    assert pair_orders(rows) == {("qnn npu", "UNet"): (6, 6, 0)}
+    assert pair_orders(rows) == {("qnn npu", "UNet"): Order(6, 6, 6, 0)}
