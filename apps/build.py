@@ -28,6 +28,7 @@ from apps.build_coreml import (
     weight_compressor,
 )
 from apps.build_delegate import DELEGATE_FILE, write_delegate
+from apps.build_operators import write_operators
 from apps.engines import BACKENDS
 from apps.peak_memory import peak_memory_mib
 from apps.prompts_file import read_prompts
@@ -310,6 +311,8 @@ def run(args: argparse.Namespace) -> int:
         summaries = {
             backend: build.summary(_float32_bytes(pipeline)) for backend, build in builds.items()
         }
+        bits = None if packages is None else 32 / summaries["coreml"]["unet_compression"]
+        write_operators(folder, folder / GRAPHS_FILE, optimized, specs, bits)
         conditions = _conditions(args.quantization, summaries, packages)
         manifest = _manifest(name, optimized, pipeline, builds, defaults, tables, conditions)
         write_manifest(folder, manifest)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from apps.device_profile import load_profile
 from apps.engines import engine_for
+from apps.predicted import DEVICE_HELP, DeviceAction, predicted_profile, predictions, report
 from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NAMES
 from cq_edge.planner import (
@@ -26,7 +27,7 @@ _DESCRIPTION = """\
 Chooses which steps of a bundle run the full graph, the shallow graph, or none, and which go
 without the negative prompt: the plan of least predicted error within a budget, exactly.
 Planning needs no export and no calibration, only the bundle and how long its graphs take on the
-device, which is measured here unless a device profile is given."""
+device, which is measured here unless a device profile or a device that ships is given."""
 
 _EXAMPLES = """\
 examples:
@@ -34,7 +35,8 @@ examples:
   cq-edge plan demo --speedup 3                  a loop 3 times as fast as with every step full
   cq-edge plan demo --full-steps 10 --json       10 full steps, for programs
   cq-edge plan demo --speedup 3 --save-profile here.json
-  cq-edge plan demo --budget-ms 500 --device-profile here.json"""
+  cq-edge plan demo --budget-ms 500 --device-profile here.json
+  cq-edge plan demo --speedup 3 --device list      devices whose times can be predicted"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--speedup", type=float, metavar="X", help="least speed-up of the loop "
         "over the same graphs with every step full")  # fmt: skip
     budget.add_argument("--full-steps", type=int, metavar="N", help="how many steps are full")
-    add("--device-profile", type=Path, metavar="FILE", help="times of the bundle's graphs on a "
-        "device (default: measured here, now)")  # fmt: skip
+    times = parser.add_mutually_exclusive_group()
+    times.add_argument("--device-profile", type=Path, metavar="FILE", help="times of the bundle's "
+        "graphs on a device (default: measured here, now)")  # fmt: skip
+    times.add_argument("--device", action=DeviceAction, metavar="NAME", help=DEVICE_HELP)
     add("--save-profile", type=Path, metavar="FILE", help="write what was measured here")
     add("--threads", type=int, metavar="N", help="of the measurement (default: one per core)")
     add("--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="the error to minimise "
@@ -68,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     """
     bundle = open_bundle(args.bundle)
     tables = bundle.reuse_tables(args.scheduler, args.steps)
-    profile = _profile(args, bundle)
+    profile = _predicted(args, bundle) if args.device else _profile(args, bundle)
     branches = 1 if tables[0].guidance_scale == 1 else 2
     frontier = plan_frontier(tables, profile, branches, args.objective)
     plan = _choose(args, tables[0], frontier, profile, branches)
@@ -84,6 +88,16 @@ def _profile(args: argparse.Namespace, bundle: Bundle) -> DeviceProfile:
         profile = measure_graphs(engine_for(bundle, args.threads), bundle)
     else:
         profile = load_profile(args.device_profile, bundle)
+    if args.save_profile is not None:
+        profile.save(args.save_profile)
+    return profile
+
+
+def _predicted(args: argparse.Namespace, bundle: Bundle) -> DeviceProfile:
+    device, bundle, found = predictions(bundle, args.device)
+    if not args.json:
+        print(report(device, found) + "\n")
+    profile = predicted_profile(device, bundle, found)
     if args.save_profile is not None:
         profile.save(args.save_profile)
     return profile
@@ -115,6 +129,7 @@ def _as_json(
         "unguided": plan.schedule.unguided,
         "objective": args.objective,
         "graphs_ms": dict(profile.graphs_ms),
+        "conditions": dict(profile.conditions),
         **_figures(plan),
         "frontier": [
             {

@@ -74,8 +74,8 @@ def main() -> None:
     defaults = bundle.manifest.defaults
     table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
     rng = np.random.default_rng(0)
-    reusing = [_random_plan(rng, table) for _ in range(args.plans)]
-    plans = [*reusing, *(_with_skips(rng, plan, table) for plan in reusing)]
+    reusing = [random_plan(rng, table) for _ in range(args.plans)]
+    plans = [*reusing, *(with_skips(rng, plan, table) for plan in reusing)]
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
     measured = _measure(reference, bundle, args.threads, table, plans, captions)
     half = len(reusing)
@@ -92,7 +92,7 @@ def main() -> None:
     print(text)
 
 
-def _random_plan(rng: np.random.Generator, table: ReuseTable) -> CacheSchedule:
+def random_plan(rng: np.random.Generator, table: ReuseTable) -> CacheSchedule:
     """Returns a plan with a random number of full steps at random places that the table covers."""
     total = len(table.timesteps)
     while True:
@@ -104,7 +104,7 @@ def _random_plan(rng: np.random.Generator, table: ReuseTable) -> CacheSchedule:
             return plan
 
 
-def _with_skips(rng: np.random.Generator, plan: CacheSchedule, table: ReuseTable) -> CacheSchedule:
+def with_skips(rng: np.random.Generator, plan: CacheSchedule, table: ReuseTable) -> CacheSchedule:
     """Returns a plan with a random share of its shallow steps skipped, as far as the table goes."""
     share, skipped, modes = rng.random(), 0, []
     for mode in plan.modes:

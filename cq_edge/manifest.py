@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, NoReturn, Self, get_args, get_origin, get_type_hints
 
 from cq_edge.errors import BundleError, CQEdgeError, OutputExistsError
@@ -322,10 +322,10 @@ class Manifest:
             BundleError: Not JSON, another version, or a key that is unknown, missing, doubled or
                 of the wrong type; the message names the key with its path.
         """
-        content = _parse(text, source)
+        content = parse_object(text, source)
         _check_version(content.pop("format_version", None), source)
         try:
-            manifest: Self = _decode(cls, content, "")
+            manifest: Self = decode(cls, content, "")
         except CQEdgeError as error:
             raise BundleError(f"{source}: {error}") from None
         for where, path in manifest.references().items():
@@ -470,8 +470,12 @@ def _require_inside(path: str, where: str) -> None:
         )
 
 
-def _parse(text: str, source: str) -> dict[str, Any]:
-    """Returns the JSON object in a text; refuses doubled keys and NaN."""
+def parse_object(text: str, source: str) -> dict[str, Any]:
+    """Returns the JSON object in a text; refuses doubled keys and NaN.
+
+    Raises:
+        BundleError: Says what stands there instead; `source` names the text.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
@@ -489,7 +493,7 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{source} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise BundleError(f"{source} holds {_kind(content)}: a manifest is an object")
+        raise BundleError(f"{source} holds {_kind(content)}: it must hold an object")
     return content
 
 
@@ -509,8 +513,13 @@ def _check_version(version: object, source: str) -> None:
         )
 
 
-def _decode(kind: Any, value: Any, path: str) -> Any:
-    """Returns a JSON value as what a field's type asks for; `path` names it in messages."""
+def decode(kind: Any, value: Any, path: str) -> Any:
+    """Returns a JSON value as what a record's type asks for, the records in it too.
+
+    Raises:
+        BundleError: A key is unknown or missing, a value of another type, or not finite; `path`
+            names the value.
+    """
     origin, arguments = get_origin(kind), get_args(kind)
     if isinstance(value, float) and not math.isfinite(value):
         raise BundleError(f"{path} is {value}: numbers must be finite")
@@ -518,14 +527,17 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         return _decode_record(kind, _require(dict, value, path), path)
     if origin is tuple:
         items = _require(list, value, path)
-        return tuple(_decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(items))
+        return tuple(decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(items))
     if origin is Mapping:
         content = _require(dict, value, path)
-        return {key: _decode(arguments[1], item, f"{path}.{key}") for key, item in content.items()}
+        return {key: decode(arguments[1], item, f"{path}.{key}") for key, item in content.items()}
     if origin is UnionType:
+        if type(value) is int and int not in arguments and float in arguments:
+            value = float(value)
         if isinstance(value, arguments) and not isinstance(value, bool):
             return value
-        raise BundleError(f"{path} is {_kind(value)}: it must be a string or a number")
+        wanted = "null or a number" if NoneType in arguments else "a string or a number"
+        raise BundleError(f"{path} is {_kind(value)}: it must be {wanted}")
     return _require(kind, value, path)
 
 
@@ -539,7 +551,7 @@ def _decode_record(kind: Any, content: dict[str, Any], path: str) -> Any:
         if key not in content:
             raise BundleError(f"key {prefix}{key} is missing")
     types = get_type_hints(kind)
-    values = {key: _decode(types[key], item, f"{prefix}{key}") for key, item in content.items()}
+    values = {key: decode(types[key], item, f"{prefix}{key}") for key, item in content.items()}
     try:
         return kind(**values)
     except CQEdgeError as error:

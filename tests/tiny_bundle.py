@@ -21,6 +21,7 @@ from cq_edge.manifest import (
     write_manifest,
 )
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
+from cq_edge.operators import Operator, Operators, save_operators
 from cq_edge.reuse_table import ReuseTable
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle
@@ -195,5 +196,15 @@ def write_bundle(
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         (folder / "tokenizer" / name).unlink()
     reuse_table().save(folder / "reuse_ddim_10.npz")
+    save_operators(folder / "operators.json", {"xnnpack": operators()})
     write_manifest(folder, manifest(quantization))
     return folder
+
+
+def operators() -> dict[str, Operators]:
+    """A matrix product for each graph; the full one has ten times the shallow one's."""
+    rows = {"encode": 10, "denoise": 100, "denoise_shallow": 10, "decode": 50}
+    return {
+        graph: (Operator("linear", "float32", 1, count, 1000, 1000, 4000, 4_000_000, 4000),)
+        for graph, count in rows.items()
+    }

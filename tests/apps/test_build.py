@@ -14,6 +14,7 @@ from apps.cli import main
 from cq_edge.manifest import MANIFEST_FILE, read_manifest, verify_files
 from cq_edge.model.load import DEMO_MODEL
 from cq_edge.model.optimize import OptimizeConfig
+from cq_edge.operators import OPERATORS_FILE, load_operators, multiply_adds
 from runtime.bundle import open_bundle
 
 _PROMPT = "a large red circle on a plain white background"
@@ -130,6 +131,17 @@ def test_every_graph_agrees_with_its_float_module_and_nearly_all_work_is_delegat
         assert result["graphs"][name]["parity_db"] == pytest.approx(entry.parity_db, abs=0.01)
     for name in ("denoise", "denoise_shallow", "decode"):
         assert result["graphs"][name]["delegated_macs_share"] > 0.99
+
+
+def test_the_bundle_says_what_its_graphs_compute(built):
+    folder, _ = built
+    operators = load_operators(folder / OPERATORS_FILE)["xnnpack"]
+    assert operators.keys() == _GRAPHS
+    macs = {graph: multiply_adds(found) for graph, found in operators.items()}
+    assert 400e6 < macs["denoise"] < 700e6  # the demo model's UNet, normalisation included
+    assert macs["denoise_shallow"] < macs["denoise"] / 5
+    dtypes = {o.dtype for o in operators["denoise"] if o.kind == "linear"}
+    assert "int8" in dtypes
 
 
 def test_fewer_steps_are_calibrated_too_and_planned_where_time_is_short(built, capsys):

@@ -99,6 +99,7 @@ def test_the_bundle_is_small_shares_its_weights_and_passes_its_floors(built):
         assert result["graphs"][name]["parity_db"] == pytest.approx(entry.parity_db, abs=0.01)
     assert {path.split("/")[0] for path in manifest.files} >= {
         "TextEncoder.mlpackage", "Unet.mlpackage", "VAEDecoder.mlpackage", "checks.npz",
+        "operators.json",
     }  # fmt: skip
 
 
@@ -124,6 +125,13 @@ def test_the_script_compiles_each_package_and_copies_the_vocabulary(copy, tmp_pa
     assert sorted(path.name for path in (folder / "Resources").iterdir()) == [
         "TextEncoder.mlmodelc", "Unet.mlmodelc", "VAEDecoder.mlmodelc", "merges.txt", "vocab.json",
     ]  # fmt: skip
+
+
+def test_a_tablets_times_are_predicted_from_the_bundle(built, capsys):
+    assert main(["plan", str(built[0]), "--full-steps", "2", "--device", "ipad-pro-m2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("predicted for iPad Pro (M2) (coreml, cpu_and_ne), not measured:")
+    assert "<- chosen" in out
 
 
 def test_a_bundle_as_it_was_built_verifies(built, capsys):

@@ -268,7 +268,7 @@ WRONG = [
     (setter(0, "format_version"), ": format_version is 0: it must be 3"),
     (setter(True, "format_version"), ": format_version is true: it must be 3"),
     (remover("format_version"), ": format_version is missing: it must be 3"),
-    (lambda _: [1], " holds an array: a manifest is an object"),
+    (lambda _: [1], " holds an array: it must hold an object"),
     (
         setter(1, "latents", "depth"),
         ": key latents.depth is unknown: known here are channels, height, width",

@@ -1,0 +1,182 @@
+"""docs/latency.md: what the latency model predicts, and what is measured."""
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.latency_machine import HeldOut, Point, errors_of
+from benchmarks.latency_plans import Plans
+from benchmarks.latency_published import LeftOut, Order
+from cq_edge.latency_model import Device
+from cq_edge.metrics import spearman_rho
+
+_SHOWN = 12  # worst predictions
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that the document says."""
+
+    points: Sequence[Point]
+    held_out: Mapping[str, Sequence[HeldOut]]
+    device: Device
+    plans: Plans | None
+    published: Sequence[LeftOut]
+    orders: Mapping[tuple[str, str], Order]
+
+
+def machine_name() -> str:
+    """Returns the processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
+
+
+def write_report(report: Report, docs: Path) -> None:
+    """Writes `latency.md` and prints it."""
+    lines = [
+        "# Predicted and measured latency",
+        "",
+        "Made by `python -m benchmarks.latency_validation`. The model and its units stand in "
+        "`cq_edge/latency_model.py`; the devices' rates in `cq_edge/devices/`.",
+        "",
+        *_machine(report),
+        *(_plans(report.plans) if report.plans else ()),
+        *(_published(report) if report.published else ()),
+    ]
+    text = "\n".join(lines) + "\n"
+    (docs / "latency.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _machine(report: Report) -> Iterable[str]:
+    device, points = report.device, report.points
+    spreads = [point.spread for point in points]
+    times = [point.ms for point in points]
+    yield "## This machine"
+    yield ""
+    yield (
+        f"{device.name}, {device.engine}, {device.date}; processor time of the one thread. "
+        f"{len(points)} graphs of {min(times):.1f} to {max(times):.0f} ms, each the median of its "
+        f"turns; the turns' interquartile range is {np.median(spreads):.1%} of that (median over "
+        f"the graphs; worst {max(spreads):.0%}). Graphs: UNets of random weights, full, shallow, "
+        "transformers at the upper level or in the middle alone, 32 to 256 channels, latents "
+        "of 8 to 64, float32, int8; text encoders; decoders; where named, the demo model's "
+        "own bundles, never fitted."
+    )
+    yield ""
+    yield (
+        "Held out: whole groups, so that what is predicted is of a width, a size, a kind of graph "
+        "or a data type that was not fitted. Other widths and latents: each in turn, all of its "
+        "graphs. Error: predicted over measured, less 1. In range: the share of measured times in "
+        "the prediction's 90 % range. Distance: 0 where measured graphs pin the time, 1 where "
+        "they say nothing. Tile, looseness and which operators have a term of their own were "
+        "chosen with these errors in sight; what was exported after that has its own row. int8 "
+        "cannot follow from float32 alone: rates in proportion are assumed there, and three "
+        "shallow graphs of one width fitted too where the row says so."
+    )
+    yield ""
+    yield "| held out | points | median error | worst | in range | distance, median |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for question, found in report.held_out.items():
+        if found:
+            yield _row(question, found)
+    yield ""
+    yield f"The {_SHOWN} worst of all these predictions:"
+    yield ""
+    yield "| held out | graph | measured, ms | turns' spread | predicted, ms (90 %) | error |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    everything = [(question, h) for question, found in report.held_out.items() for h in found]
+    for question, h in sorted(everything, key=lambda pair: -abs(pair[1].error))[:_SHOWN]:
+        yield (
+            f"| {question} | {h.point.setting.name} | {h.point.ms:.2f} | {h.point.spread:.0%} | "
+            f"{h.predicted_ms:.2f} ({h.low_ms:.2f} to {h.high_ms:.2f}) | {h.error:+.1%} |"
+        )
+    yield ""
+    yield "Rates fitted on all but the bundles:"
+    yield ""
+    yield "| unit | rate |"
+    yield "| --- | --- |"
+    for term, rate in device.gmacs_per_s.items():
+        yield f"| {term} | {rate:.4g}·10⁹ multiply-adds/s |"
+    for term, rate in device.gb_per_s.items():
+        yield f"| {term} | {rate:.4g} GB/s |"
+    yield f"| dispatch | {device.dispatch_us:.3g} µs |"
+    yield f"| dispatch, int8 | {device.dispatch_int8_us:.3g} µs |"
+    yield f"| call | {device.call_us:.3g} µs |"
+    yield ""
+
+
+def _row(question: str, found: Sequence[HeldOut]) -> str:
+    errors = errors_of(found)
+    inside = np.mean([h.is_in_range for h in found])
+    distance = np.median([h.distance for h in found])
+    return (
+        f"| {question} | {len(found)} | {np.median(errors):.1%} | {errors.max():.1%} | "
+        f"{inside:.0%} | {distance:.2f} |"
+    )
+
+
+def _plans(plans: Plans) -> Iterable[str]:
+    predicted = np.array([row[1] for row in plans])
+    measured = np.array([row[2] for row in plans])
+    rho = spearman_rho(predicted, measured)
+    errors = np.abs(predicted / measured - 1)
+    yield "## Plans"
+    yield ""
+    yield (
+        f"{len(plans)} random plans of the demo model's bundle (half of them with skip steps), a "
+        "picture by each, predicted from the rates above (fitted without the bundle) and "
+        f"measured, medians of runs in turns: Spearman's rho {rho:.3f}, "
+        f"median error {np.median(errors):.1%}, worst {errors.max():.1%}; pictures of "
+        f"{measured.min():.0f} to {measured.max():.0f} ms."
+    )
+    yield ""
+
+
+def _published(report: Report) -> Iterable[str]:
+    yield "## Devices that others measured"
+    yield ""
+    yield (
+        "Each row is predicted without its device, from the shares of peak arithmetic and memory "
+        "bandwidth that the others of its kind reach (`benchmarks/published_devices.json` holds "
+        "the peaks), and once more with the device's own other rows. Steps are guided: the UNet "
+        "at batch 2. Generations are whole pictures of steps that are not published: only their "
+        "proportions mean something."
+    )
+    yield ""
+    yield "| device | engine, unit | what | measured, ms | others, ms | error | own rows too |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for out in report.published:
+        row = out.row
+        own = "" if out.with_own_ms is None else f"{out.with_own_ms / row.ms - 1:+.0%}"
+        yield (
+            f"| {row.chip.device} | {row.engine}, {row.chip.compute_unit} | {row.model} | "
+            f"{_ms(row.ms)} | {_ms(out.alone_ms)} | {out.alone_ms / row.ms - 1:+.0%} | {own} |"
+        )
+    yield ""
+    errors = [abs(out.alone_ms / out.row.ms - 1) for out in report.published]
+    yield (
+        f"Median error {np.median(errors):.0%}, worst {max(errors):.0%}. How many pairs of devices "
+        "are in the right order, with neither of them fitted, and with each predicted as above "
+        "(an odd device then pulls its own predictors the wrong way); within 3 % is a tie. "
+        "Of Qualcomm's three, two left out leave one: that a newer NPU is faster is assumed there. "
+        "How far a share may differ between arithmetic and memory was chosen on these rows."
+    )
+    yield ""
+    yield "| engine, unit | what | neither fitted | each from all others | ties |"
+    yield "| --- | --- | --- | --- | --- |"
+    for (family, model), order in report.orders.items():
+        yield (
+            f"| {family} | {model} | {order.neither} of {order.pairs} | "
+            f"{order.each} of {order.pairs} | {order.ties} |"
+        )
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
