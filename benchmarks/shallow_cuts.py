@@ -187,7 +187,8 @@ def _times(cuts: list[_Cut]) -> dict[str, float]:
     full = cuts[0].full
     x, t, e = torch.randn(1, 4, 16, 16), torch.tensor([500.0]), torch.randn(1, 77, 128)
     modules: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {}
-    added = torch.randn(1, cuts[0].shallow.head.norm.num_channels, 16, 16)  # type: ignore[union-attr]
+    channels = cast("ShallowUNet", cuts[0].shallow).consumed_channels // 2
+    added = torch.randn(1, channels, 16, 16)
     for index, cut in enumerate(cuts):
         feature = cut.full(x, t, e)[1]
         modules[f"cut_{index}"] = (cut.shallow, cut.inputs(x, t, e, feature, added))
