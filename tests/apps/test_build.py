@@ -154,7 +154,7 @@ def test_fewer_steps_are_calibrated_too_and_planned_where_time_is_short(built, c
     frontier = json.loads(capsys.readouterr().out)["frontier"]
     assert {plan["noise_scheduler"] for plan in frontier} == {"ddim", "dpmsolver++"}
     assert frontier[-1]["modes"] == "F" * 8
-    assert frontier[-1]["error"] == 0
+    assert 0 < frontier[-1]["error"] < frontier[0]["error"]  # quantised full steps err too
 
 
 def test_the_bundle_opens_and_a_changed_byte_is_noticed(built, tmp_path):

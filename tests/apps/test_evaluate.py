@@ -22,7 +22,7 @@ def evaluate(home, monkeypatch, capsys):
     """Runs `cq-edge evaluate bundle …` on a device where a shallow run takes a tenth."""
     write_bundle(home / "float32", quantization="none")
     profile = DeviceProfile("xnnpack", "", TIMES)
-    monkeypatch.setattr("apps.evaluate.measure_graphs", lambda *_: profile)
+    monkeypatch.setattr("apps.evaluate.measure_graphs", lambda *_, **__: profile)
 
     def call(*words):
         code = main(["evaluate", "bundle", "--reference", "float32", *words])

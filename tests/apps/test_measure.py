@@ -1,8 +1,5 @@
 import json
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from apps.cli import main
 from cq_edge.latency import GRAPHS, DeviceProfile
 from runtime.bundle import open_bundle
 from runtime.measure import RUNS_PER_ROUND
+from tests.interrupting import interrupted
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,24 +101,6 @@ def test_an_iphone_is_measured_from_a_mac_only(home, capsys, monkeypatch):
     assert "--team is for --device ios" in capsys.readouterr().err
 
 
-def interrupted(bundle, folder, words, stage):
-    """Runs `measure`, sends Ctrl-C to the process once its progress shows `stage`; returns the
-    exit code and what it said on stderr."""
-    command = [sys.executable, "-m", "apps.cli", "measure", str(bundle.folder), *words]
-    outputs = ["-o", str(folder / "here.json"), "--html", str(folder / "here.html")]
-    process = subprocess.Popen(
-        [*command, *outputs], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    said = ""
-    while not re.search(stage, said):
-        read = process.stderr.read(1)
-        assert read, said
-        said += read
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
-    return process.returncode, said + rest
-
-
 @pytest.mark.parametrize(
     ("words", "stage"),
     [
@@ -130,7 +110,8 @@ def interrupted(bundle, folder, words, stage):
     ids=["while timing", "while loading"],
 )
 def test_ctrl_c_leaves_a_valid_report_of_what_was_measured(real_bundle, tmp_path, words, stage):
-    code, said = interrupted(real_bundle, tmp_path, words, stage)
+    outputs = ["-o", str(tmp_path / "here.json"), "--html", str(tmp_path / "here.html")]
+    code, said = interrupted(["measure", str(real_bundle.folder), *words, *outputs], stage)
     assert code == 130, said
     assert "Traceback" not in said
     assert "cq-edge: warning: interrupted: this is what was measured until then" in said

@@ -2,10 +2,6 @@
 
 import json
 import os
-import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,7 @@ import pytest
 from apps.cli import main
 from cq_edge.latency import GRAPHS, DeviceProfile
 from runtime.bundle import open_bundle
+from tests.interrupting import interrupted
 from tests.stand_in_phone import StandInPhone, executorch_runner, shell_runner, sleeping_runner
 
 ROOT = Path(__file__).parents[2]
@@ -146,24 +143,11 @@ def test_a_runner_that_hangs_is_ended_on_the_phone_too(home, phone, measure):
 
 def test_ctrl_c_keeps_what_was_measured_and_empties_the_phone(home, phone, real_bundle):
     sleeping_runner(home / "runner", ms=20)
-    command = [sys.executable, "-m", "apps.cli", "measure", str(real_bundle.folder)]
+    words = ["measure", str(real_bundle.folder), "-o", str(home / "phone.json")]
     options = ["--device", "android", "--runner", str(home / "runner"), "--rounds", "1000"]
-    process = subprocess.Popen(
-        [*command, *options, "-o", str(home / "phone.json")],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    said = ""
-    while not re.search(r" [5-9]/4000 ", said):  # every graph has run, and more
-        read = process.stderr.read(1)
-        assert read, said
-        said += read
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130, rest
-    assert "Traceback" not in rest
+    code, said = interrupted([*words, *options], r" [5-9]/4000 ")  # every graph has run, and more
+    assert code == 130, said
+    assert "Traceback" not in said
     profile = DeviceProfile.load(home / "phone.json")
     assert profile.conditions["complete"] == "no: interrupted"
     assert all(row.runs >= 10 for row in profile.figures.values())

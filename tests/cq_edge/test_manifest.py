@@ -265,9 +265,9 @@ WRONG = [
         " was written by an older cq-edge (format_version 1; this one reads 4): build the bundle "
         "again",
     ),
-    (setter(0, "format_version"), ": format_version is 0: it must be 3"),
-    (setter(True, "format_version"), ": format_version is true: it must be 3"),
-    (remover("format_version"), ": format_version is missing: it must be 3"),
+    (setter(0, "format_version"), ": format_version is 0: it must be 4"),
+    (setter(True, "format_version"), ": format_version is true: it must be 4"),
+    (remover("format_version"), ": format_version is missing: it must be 4"),
     (lambda _: [1], " holds an array: it must hold an object"),
     (
         setter(1, "latents", "depth"),
