@@ -132,7 +132,8 @@ def run(args: argparse.Namespace) -> int:
     _require_same_model(*bundles)
     # both before either loads a graph: graphs keep the thread pool they were loaded with
     engines = [engine_for(bundle, args.threads) for bundle in bundles]
-    reference, ours = (_side(b, engine) for b, engine in zip(bundles, engines, strict=True))
+    profiles = _profiles(bundles, engines)
+    reference, ours = map(_side, bundles, engines, profiles)
     captions, world = _captions(args)
     variants = _variants(reference, ours, args.speedup)
     _draw_all(variants, captions)
@@ -149,11 +150,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _side(bundle: Bundle, engine: Engine) -> Side:
+def _profiles(bundles: Sequence[Bundle], engines: Sequence[Engine]) -> list[DeviceProfile]:
+    """Returns each side's times, measured in turns: of every graph the least of the turns'
+    medians, so that what disturbs one turn does not favour the other side."""
+    pairs = list(zip(bundles, engines, strict=True))
+    turns = [[measure_graphs(e, b, rounds=10, at_most_s=2.0) for b, e in pairs] for _ in range(3)]
+    return [
+        replace(
+            found[0],
+            graphs_ms={g: min(p.graphs_ms[g] for p in found) for g in found[0].graphs_ms},
+            step_ms=min(p.step_ms for p in found),
+        )
+        for found in zip(*turns, strict=True)
+    ]
+
+
+def _side(bundle: Bundle, engine: Engine, profile: DeviceProfile) -> Side:
     def make(steps: int, schedule: CacheSchedule, table: ReuseTable | None) -> Method:
         return Method(bundle, engine, steps, schedule, table)
 
-    profile = measure_graphs(engine, bundle, rounds=20, at_most_s=6.0)
     tables = bundle.reuse_tables()
     return Side(bundle, profile, tables, plan_frontier(tables, profile, 2), make)
 
