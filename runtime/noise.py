@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 _MOST_OTHER_CORES = 0.15  # that others kept busy
 _MOST_STOLEN = 0.02  # of the time, by the machines that share the processor with this one
@@ -67,6 +68,8 @@ class NoiseWatch:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
         self._array = np.linspace(0, 1, _WORK_FLOATS)
+        # new memory would be fetched from the system, which takes longer than the work
+        self._results = [np.empty_like(self._array) for _ in range(threads)]
         for _ in range(3):  # starts the threads
             self._work_ms()
         self._taken_ms: list[float] = []
@@ -88,8 +91,12 @@ class NoiseWatch:
         return Noise(other, stolen, _spread(self._taken_ms))
 
     def _work_ms(self) -> float:
+        return max(self._pool.map(self._timed_ms, self._results))
+
+    def _timed_ms(self, result: NDArray[np.float64]) -> float:
+        """Times itself: how long the system takes to wake its thread is no other's work."""
         start = time.perf_counter()
-        list(self._pool.map(np.sin, [self._array] * self._threads))
+        np.sin(self._array, out=result)
         return (time.perf_counter() - start) * 1e3
 
 
