@@ -30,7 +30,6 @@ from apps.build_coreml import (
 from apps.build_delegate import DELEGATE_FILE, write_delegate
 from apps.build_operators import write_operators
 from apps.engines import BACKENDS
-from apps.peak_memory import peak_memory_mib
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
 from apps.replacing import check_replaceable, written_beside
@@ -50,6 +49,7 @@ from cq_edge.manifest import (
 )
 from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
 from cq_edge.reuse_table import ReuseTable
+from runtime.peak_memory import peak_memory_mib
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

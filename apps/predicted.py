@@ -56,13 +56,11 @@ def predicted_profile(
 ) -> DeviceProfile:
     """Returns predictions as the device profile that plans are made of; it says that it is no
     measurement."""
-    entry = bundle.manifest.graph("denoise")
-    digest = _digest(bundle, entry.file)
     conditions: dict[str, str | int | float] = {"predicted for": device.name, "date": device.date}
     for graph, found in predicted.items():
         conditions |= {f"{graph}_low_ms": found.low_ms, f"{graph}_high_ms": found.high_ms}
     times = {graph: found.ms for graph, found in predicted.items()}
-    return DeviceProfile(entry.backend, digest, times, 0.0, conditions)
+    return DeviceProfile(device.engine, bundle.graphs_sha256(), times, 0.0, conditions)
 
 
 def report(device: Device, predicted: Mapping[str, Prediction]) -> str:
@@ -97,10 +95,3 @@ def _operators(bundle: Bundle, backend: str) -> Mapping[str, Operators]:
             "build the bundle again"
         )
     return {graph: found[graph] for graph in bundle.manifest.graphs}
-
-
-def _digest(bundle: Bundle, file: str) -> str:
-    """Returns the digest of the file of graphs, or of a package's program."""
-    files = bundle.manifest.files
-    inside = [name for name in files if name == file or name.startswith(f"{file}/")]
-    return files[inside[0]].sha256

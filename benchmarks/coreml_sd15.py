@@ -21,9 +21,9 @@ from apps.build_coreml import (
     stored_unet,
     weight_compressor,
 )
-from apps.peak_memory import peak_memory_mib
 from apps.quiet import quiet_toolchains
 from benchmarks.unet_graphs import unet_graphs
+from runtime.peak_memory import peak_memory_mib
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

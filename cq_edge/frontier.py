@@ -27,14 +27,16 @@ class _State(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReuseErrors:
-    """What each way of computing less adds to a plan's error.
+    """What each way of computing less adds to a plan's error; below 0 where it errs less than
+    computing all.
 
     Entry [i, g] of an array is about step i + g, which builds on step i; column 0 is 0, entries
     of steps beyond T-1 are unused. An array of one column rules its way out.
 
     Attributes:
         shallow: (T, G+1): reusing the cached feature of anchor i.
-        skip: (T, R+1): forecasting from step i, the last that ran a graph.
+        skip: (T, R+1): forecasting from step i, the last that ran a graph. Had that step reused a
+            feature or left the negative prompt out, the forecast errs by that too.
         unguided: (T, U+1): forecasting what the negative prompt changes from step i, the last
             that ran it.
     """
@@ -71,21 +73,18 @@ class ReuseErrors:
         gap, skipped, unguided = state.gap + 1, state.skipped + 1, state.unguided + 1
         yield Mode.FULL, _State(), 0.0
         reusable = gap < self.shallow.shape[1]
-        shallow = float(self.shallow[step - gap, gap]) if reusable else 0.0
+        shallow = float(self.shallow[step - gap, gap]) if reusable else np.inf
+        forecastable = unguided < self.unguided.shape[1]
+        difference = float(self.unguided[step - unguided, unguided]) if forecastable else np.inf
         if reusable and state.guided_anchor:
             yield Mode.SHALLOW, _State(gap), shallow
-        if unguided < self.unguided.shape[1]:
-            error = float(self.unguided[step - unguided, unguided])
-            yield Mode.FULL_UNGUIDED, _State(0, guided_anchor=False, unguided=unguided), error
+        if forecastable:
+            yield Mode.FULL_UNGUIDED, _State(0, guided_anchor=False, unguided=unguided), difference
             if reusable:
                 after = _State(gap, state.guided_anchor, 0, unguided)
-                yield Mode.SHALLOW_UNGUIDED, after, shallow + error
-        carried = 0.0  # the errors of the step that a forecast builds on go on in it
-        if gap > skipped:
-            carried += shallow if reusable else np.inf
-        if unguided > skipped:
-            known = unguided < self.unguided.shape[1]
-            carried += float(self.unguided[step - unguided, unguided]) if known else np.inf
+                yield Mode.SHALLOW_UNGUIDED, after, shallow + difference
+        # what the step that a forecast builds on did not compute goes on to be wrong in it
+        carried = (shallow if gap > skipped else 0.0) + (difference if unguided > skipped else 0.0)
         if skipped < self.skip.shape[1] and carried < np.inf:
             error = float(self.skip[step - skipped, skipped]) + carried
             yield Mode.SKIP, self._far(gap, state.guided_anchor, skipped, unguided), error

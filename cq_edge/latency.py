@@ -11,6 +11,8 @@ from typing import Any, Self
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import OutputExistsError, UsageError
 
+QUIET = "quiet"
+"""The condition "noise" of a profile whose machine did nothing else."""
 GRAPHS = ("encode", "denoise", "denoise_shallow", "decode")
 _LOADS = ("cold", "warm")
 _QUANTILES = ("p10_ms", "p50_ms", "p90_ms", "p99_ms")
@@ -111,8 +113,8 @@ class DeviceProfile:
     @property
     def noise(self) -> str | None:
         """Why its figures are not to be trusted, or None: other work ran on the device."""
-        verdict = str(self.conditions.get("noise", "quiet"))
-        return None if verdict == "quiet" else verdict
+        verdict = str(self.conditions.get("noise", QUIET))
+        return None if verdict == QUIET else verdict
 
     def mode_ms(self, mode: Mode, branches: int) -> float:
         """Returns what a step of a mode takes.

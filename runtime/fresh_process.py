@@ -3,9 +3,7 @@
 import gc
 import multiprocessing
 import os
-import resource
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from cq_edge.errors import BundleError, CQEdgeError
 from runtime.bundle import Bundle
 from runtime.engine import Engine
 from runtime.measure import sample_inputs
+from runtime.peak_memory import peak_memory_mib
 
 MakeEngine = Callable[[Bundle, int | None], Engine]
 _FRESH_PAGES = "5"  # to clear_refs: the peak starts anew (proc_pid_clear_refs(5))
@@ -133,11 +132,7 @@ def _start_peak_mib() -> float:
 
 
 def _peak_mib() -> float:
-    peak = _status_mib("VmHWM")
-    if peak is not None:
-        return peak
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, else KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return _status_mib("VmHWM") or peak_memory_mib()
 
 
 def _status_mib(key: str) -> float | None:

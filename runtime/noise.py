@@ -11,12 +11,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cq_edge.latency import QUIET
+
 _MOST_OTHER_CORES = 0.15  # that others kept busy
 _MOST_STOLEN = 0.02  # of the time, by the machines that share the processor with this one
 _MOST_SPREAD = 1.4  # of a work that is always the same: its p90 over its median
 _WORK_FLOATS = 60_000  # half a millisecond of sines
-
-QUIET = "quiet"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ Every prompt is run three times, with the full graph at every step. The first ru
 cached features of every anchor step i and later step k = i + gap: their L1 distance (the paper's
 objective) and the cache correction, which maps one onto the other best. The second run fits the
 quantisation correction of the layers that consume the corrected feature. The third predicts
-each step k with the shallow graph from every feature i, and measures by how much the guided
-noise prediction is wrong; a half of the correction that hardly helps is dropped.
-What forecasts would miss is measured on the first run.
+each step k with the shallow graph from every feature i, and measures how far the guided noise
+prediction is from the float denoiser's; a half of the correction that hardly helps is dropped.
+How far forecasts are from it is measured on the first run.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -19,6 +19,7 @@ from cq_edge.model.trajectory import Loop, Prompt, mean_square
 from cq_edge.reuse_table import ReuseTable
 
 _MODE_COSTS = (1.0, 0.1, 0.0, 0.5, 0.05)
+"""What a step of each mode takes in the search for the plan that is tried, of a full step."""
 _FULL_SHARE, _FULL_STEPS = 0.25, 8
 """The larger is what is full: few enough for reuse to err more than quantisation does, and enough
 for a picture."""
@@ -28,7 +29,7 @@ for a picture."""
 def final_latents(
     loop: Loop, prompts: Sequence[Prompt], on_step: Callable[[], object] = lambda: None
 ) -> tuple[Tensor, ...]:
-    """Returns what each prompt's run ends in, (1, 4, h, w) each, every step full.
+    """Returns what each prompt's run of a loop ends in, (1, 4, h, w) each.
 
     Args:
         loop: What to run.

@@ -127,11 +127,14 @@ def test_the_script_compiles_each_package_and_copies_the_vocabulary(copy, tmp_pa
     ]  # fmt: skip
 
 
-def test_a_tablets_times_are_predicted_from_the_bundle(built, capsys):
-    assert main(["plan", str(built[0]), "--full-steps", "2", "--device", "ipad-pro-m2"]) == 0
+def test_a_tablets_times_are_predicted_from_the_bundle(built, capsys, tmp_path):
+    words, saved = ["plan", str(built[0]), "--full-steps", "2"], str(tmp_path / "ipad.json")
+    assert main([*words, "--device", "ipad-pro-m2", "--save-profile", saved]) == 0
     out = capsys.readouterr().out
     assert out.startswith("predicted for iPad Pro (M2) (coreml, cpu_and_ne), not measured:")
     assert "<- chosen" in out
+    assert main([*words, "--device-profile", saved]) == 0
+    assert "<- chosen" in capsys.readouterr().out
 
 
 def test_a_bundle_as_it_was_built_verifies(built, capsys):

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from runtime.noise import QUIET, Noise, NoiseWatch
+from cq_edge.latency import QUIET
+from runtime.noise import Noise, NoiseWatch
 
 
 @pytest.fixture
