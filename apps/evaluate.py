@@ -108,6 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scorer", metavar="CLIP", help="a CLIP model's folder or hub id (default: the demo's)")
     add("--frontier-captions", type=int, default=32, metavar="N", help="captions for the frontier "
         "of quality against speed-up; 0 leaves it out (default: %(default)s)")  # fmt: skip
+    add("--only", action="append", metavar="NAME", help="of the ways to draw, beside float32; "
+        "repeatable (default: all). One way takes a quarter of the time, which is worth spending "
+        "on more captions")  # fmt: skip
     add("--threads", type=int, metavar="N", help="(default: one per core)")
     add("--json", type=Path, metavar="FILE", help="write the table for programs")
     add("--html", type=Path, metavar="FILE", help="write a report with pictures, in one file")
@@ -135,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     profiles = _profiles(bundles, engines)
     reference, ours = map(_side, bundles, engines, profiles)
     captions, world = _captions(args)
-    variants = _variants(reference, ours, args.speedup)
+    variants = _chosen(_variants(reference, ours, args.speedup), args.only)
     _draw_all(variants, captions)
     rows = _rows(variants, captions, world, scorer)
     frontier = _frontier(reference, ours, captions[: args.frontier_captions], scorer)
@@ -224,6 +227,19 @@ def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
             for name in _few_steps_by(ours)
         ),
     ]
+
+
+def _chosen(variants: Sequence[Variant], only: Sequence[str] | None) -> list[Variant]:
+    """Returns the first way, which all are compared with, and the named ones.
+
+    Raises:
+        UsageError: There is no way of such a name.
+    """
+    names = [variant.name for variant in variants]
+    for name in only or ():
+        if name not in names:
+            raise UsageError(f"--only {name}: choose {', '.join(names)}")
+    return [v for v in variants if only is None or v.name in (names[0], *only)]
 
 
 def _planned(side: Side, budget_ms: float) -> Plan:

@@ -82,6 +82,7 @@ def test_other_prompts_have_no_attributes(evaluate):
         (("--captions", "1"), "--captions is 1: a comparison needs 2 or more"),
         (("--reference", "bundle"), "bundle is quantised: a reference is built with "),
         (("--prompts", "none.txt"), "--prompts none.txt cannot be read: "),
+        (("--only", "best"), "--only best: choose float32, quantised only, "),
     ],
 )
 def test_what_cannot_be_compared_is_refused_with_a_sentence(evaluate, words, message):
@@ -96,3 +97,13 @@ def test_a_report_that_exists_is_kept_unless_forced(evaluate):
     Path("report.json").write_text("mine")
     assert call("--json", "report.json")[0] == 1
     assert Path("report.json").read_text() == "mine"
+
+
+def test_only_the_named_ways_are_drawn(evaluate):
+    call, _ = evaluate
+    code, _, _ = call(
+        "--only", "ours", "--captions", "2", "--frontier-captions", "0", "--json", "report.json"
+    )
+    assert code == 0
+    report = json.loads(Path("report.json").read_text())
+    assert [row["name"] for row in report["variants"]] == ["float32", "ours"]
