@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import ScheduleError
 
 _NS_PER_MS = 1e6
+_SLOPES = (0.5, 2.0)
+"""Of the total by amplitude, in roots of the noise of every step full."""
 
 
 class _State(NamedTuple):
@@ -25,13 +27,25 @@ class _State(NamedTuple):
     unguided: int = 0  # steps since the negative prompt ran
 
 
+class ErrorParts(NamedTuple):
+    """What a plan errs by: `reuse` is an amplitude, `noise` a mean square, of the final latents."""
+
+    reuse: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The mean squared error: errors of reuse go on in one direction for many steps, so that
+        it is their sum that is squared; noise is like nothing else."""
+        return max(0.0, self.reuse**2 + self.noise)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ReuseErrors:
-    """What each way of computing less adds to a plan's error; below 0 where it errs less than
-    computing all.
+    """What each way of computing less adds to a plan's error.
 
-    Entry [i, g] of an array is about step i + g, which builds on step i; column 0 is 0, entries
-    of steps beyond T-1 are unused. An array of one column rules its way out.
+    Entry [i, g] of the first three is about step i + g, which builds on step i; column 0 is 0,
+    entries of steps beyond T-1 are unused. An array of one column rules its way out.
 
     Attributes:
         shallow: (T, G+1): reusing the cached feature of anchor i.
@@ -39,14 +53,16 @@ class ReuseErrors:
             feature or left the negative prompt out, the forecast errs by that too.
         unguided: (T, U+1): forecasting what the negative prompt changes from step i, the last
             that ran it.
+        noise: Of each mode (T, T), as `noise_by_mode` gives it; empty without any.
     """
 
     shallow: NDArray[np.float64]
     skip: NDArray[np.float64]
     unguided: NDArray[np.float64]
+    noise: Mapping[Mode, NDArray[np.float64]] = field(default_factory=dict)
 
-    def total(self, schedule: CacheSchedule) -> float:
-        """Returns the sum of the errors of a schedule's steps.
+    def parts(self, schedule: CacheSchedule) -> ErrorParts:
+        """Returns the errors of a schedule's steps, added up.
 
         Raises:
             ScheduleError: The schedule has another length, or a step that was not measured.
@@ -56,20 +72,45 @@ class ReuseErrors:
                 f"the schedule has {len(schedule)} steps and the errors are of "
                 f"{len(self.shallow)}: they must be equal"
             )
-        state, total = _State(), 0.0
+        state, found = _State(), self._first
         for step, mode in enumerate(schedule.modes[1:], start=1):
-            moves = {name: (after, error) for name, after, error in self._moves(step, state)}
-            if mode not in moves:
+            moves = self._moves(step, state)
+            after, added = next(((a, e) for name, a, e in moves if name is mode), (None, None))
+            if after is None or added is None:
+                allowed = " or ".join(name for name, *_ in self._moves(step, state))
                 raise ScheduleError(
                     f"step {step} of {schedule.to_string()} is {mode}, but what it would build on "
-                    f"is further back than was measured: make it {' or '.join(moves)}"
+                    f"is further back than was measured: make it {allowed}"
                 )
-            state, error = moves[mode]
-            total += error
-        return total
+            state = after
+            found = ErrorParts(found.reuse + added.reuse, found.noise + added.noise)
+        return found
 
-    def _moves(self, step: int, state: _State) -> Iterator[tuple[Mode, _State, float]]:
-        """Yields what a step may be after a state: its mode, the next state, its error."""
+    def total(self, schedule: CacheSchedule) -> float:
+        """Returns the mean squared error of the final latents to expect of a schedule.
+
+        Raises:
+            ScheduleError: The schedule has another length, or a step that was not measured.
+        """
+        return self.parts(schedule).total
+
+    @property
+    def _first(self) -> ErrorParts:
+        """Of the first step, which is full."""
+        return ErrorParts(0.0, self._noise(Mode.FULL, 0, 0))
+
+    def _noise(self, mode: Mode, step: int, back: int) -> float:
+        return float(self.noise[mode][step, back]) if self.noise else 0.0
+
+    def _moves(self, step: int, state: _State) -> Iterator[tuple[Mode, _State, ErrorParts]]:
+        """Yields what a step may be after a state: its mode, the next state, what it adds."""
+        # the noise that goes on is of the last full step, or of the last that was guided
+        back = state.gap + 1 if state.guided_anchor else state.unguided + 1
+        for mode, after, reuse in self._reusing(step, state):
+            yield mode, after, ErrorParts(reuse, self._noise(mode, step, back))
+
+    def _reusing(self, step: int, state: _State) -> Iterator[tuple[Mode, _State, float]]:
+        """Yields a step's modes with the next state and the amplitude that reuse adds."""
         gap, skipped, unguided = state.gap + 1, state.skipped + 1, state.unguided + 1
         yield Mode.FULL, _State(), 0.0
         reusable = gap < self.shallow.shape[1]
@@ -118,8 +159,36 @@ class _Labels:
         return *self.parents[index], place - self.starts[index]
 
 
-def search_frontier(
+def search_plans(
     errors: ReuseErrors, mode_ms: Mapping[Mode, float]
+) -> list[tuple[CacheSchedule, float]]:
+    """Returns the schedules that no other found beats in both time and error, each with its
+    `ReuseErrors.total`, the fastest first.
+
+    That total is convex in the amplitude of reuse, so that near its best plans it is a weighted
+    sum, with the amplitude's slope as its weight; a few weights are searched, each exactly.
+
+    Args:
+        errors: Of T steps.
+        mode_ms: What a step of each mode takes.
+    """
+    found = [s for weight in _weights(errors) for s, _ in search_frontier(errors, mode_ms, weight)]
+    timed = [(sum(mode_ms[mode] for mode in s.modes), errors.total(s), s) for s in found]
+    best: list[tuple[CacheSchedule, float]] = []
+    for _, total, schedule in sorted(timed, key=lambda plan: plan[:2]):
+        if not best or total < best[-1][1]:
+            best.append((schedule, total))
+    return best
+
+
+def _weights(errors: ReuseErrors) -> tuple[float, ...]:
+    """Returns slopes of the total by amplitude: where noise is most of it, to where reuse is."""
+    noise = errors.total(CacheSchedule.all_full(len(errors.shallow)))
+    return tuple(slope * noise**0.5 for slope in _SLOPES) if noise else (1.0,)
+
+
+def search_frontier(
+    errors: ReuseErrors, mode_ms: Mapping[Mode, float], weight: float = 1.0
 ) -> list[tuple[CacheSchedule, float]]:
     """Returns the schedules that no other beats in both time and error, each with its error, the
     fastest first.
@@ -131,15 +200,18 @@ def search_frontier(
     Args:
         errors: Of T steps.
         mode_ms: What a step of each mode takes.
+        weight: Of the amplitude of reuse; the error is its multiple and noise together.
     """
     ns = {mode: round(taken * _NS_PER_MS) for mode, taken in mode_ms.items()}
-    first = _Labels(np.array([ns[Mode.FULL]]), np.zeros(1), (), (), np.zeros(1, np.int64))
+    start = np.array([errors._first.noise])
+    first = _Labels(np.array([ns[Mode.FULL]]), start, (), (), np.zeros(1, np.int64))
     layers = [{_State(): first}]
     for step in range(1, len(errors.shallow)):
         found = defaultdict(list)
         for state, labels in layers[-1].items():
-            for mode, after, error in errors._moves(step, state):
-                found[after].append((state, mode, labels.ns + ns[mode], labels.error + error))
+            for mode, after, added in errors._moves(step, state):
+                error = labels.error + (weight * added.reuse + added.noise)
+                found[after].append((state, mode, labels.ns + ns[mode], error))
         layers.append({after: _undominated(parts) for after, parts in found.items()})
     ends = [(state, Mode.FULL, labels.ns, labels.error) for state, labels in layers[-1].items()]
     best = _undominated(ends)

@@ -7,7 +7,7 @@ import numpy as np
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import UsageError
-from cq_edge.frontier import ReuseErrors, search_frontier
+from cq_edge.frontier import ReuseErrors, search_plans
 from cq_edge.latency import DeviceProfile
 from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 
@@ -17,7 +17,7 @@ class Plan:
     """A cache schedule with what it is predicted to cost.
 
     `table` was measured on the noise scheduler and the steps that it is for, `error` is the
-    predicted mean squared error of the final latents (of the paper's objective the mere sum),
+    predicted mean squared error of the final latents (of the paper's objective its sum, squared),
     `picture_ms` the time of a picture (prompts, loop, decoding), `speedup` how many times faster
     its loop is than the bundle's own steps all full.
     """
@@ -50,9 +50,9 @@ def plan_frontier(
     compared = tables if objective == OBJECTIVES[0] else tables[:1]
     full_ms = profile.loop_ms(CacheSchedule.all_full(len(tables[0].timesteps)), branches)
     plans = [
-        _priced(schedule, table, total, objective, full_ms, profile, branches)
+        _priced(schedule, table, total, full_ms, profile, branches)
         for table in compared
-        for schedule, total in search_frontier(table.reuse_errors(objective), mode_ms)
+        for schedule, total in search_plans(table.reuse_errors(objective), mode_ms)
     ]
     frontier: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (plan.picture_ms, plan.error)):
@@ -103,7 +103,7 @@ def plan_with_full_steps(
     schedule = best_with_full_steps(errors, full_steps)
     full_ms = profile.loop_ms(CacheSchedule.all_full(len(schedule)), branches)
     total = errors.total(schedule)
-    return _priced(schedule, table, total, objective, full_ms, profile, branches)
+    return _priced(schedule, table, total, full_ms, profile, branches)
 
 
 def best_with_full_steps(errors: ReuseErrors, full_steps: int) -> CacheSchedule:
@@ -117,7 +117,7 @@ def best_with_full_steps(errors: ReuseErrors, full_steps: int) -> CacheSchedule:
         raise UsageError(f"{full_steps} full steps of {step_count}: ask for 1 to {step_count}")
     guided = replace(errors, unguided=np.zeros((step_count, 1)))
     cost = {mode: float(mode.is_full) for mode in Mode}
-    found = [schedule for schedule, _ in search_frontier(guided, cost)]
+    found = [schedule for schedule, _ in search_plans(guided, cost)]
     fits = [schedule for schedule in found if schedule.counts["full"] <= full_steps]
     if not fits:
         fewest = found[0].counts["full"]
@@ -132,12 +132,11 @@ def _priced(
     schedule: CacheSchedule,
     table: ReuseTable,
     total: float,
-    objective: str,
     full_ms: float,
     profile: DeviceProfile,
     branches: int,
 ) -> Plan:
-    """Returns a schedule, whose reuse errors add up to `total`, with what it costs."""
+    """Returns a schedule, whose steps err by `total` together, with what it costs."""
     speedup = full_ms / profile.loop_ms(schedule, branches)
-    error = table.final_error(total) if objective == OBJECTIVES[0] else total
+    error = table.base_error + total
     return Plan(schedule, table, error, profile.picture_ms(schedule, branches), speedup)

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from cq_edge.correction import ChannelCorrection, ShallowCorrection
 from cq_edge.errors import BundleError, CalibrationError, OutputExistsError, UsageError
 from cq_edge.frontier import ReuseErrors
+from cq_edge.quantisation_noise import noise_by_mode
 
 OBJECTIVES = ("noise_pred", "feature_l1")
 """What a plan may minimise the sum of; the first is the default."""
 
 _ERRORS = (*OBJECTIVES, "skip", "unguided")
+_INFLUENCES = ("noise_influence", "reuse_influence")
 _CORRECTIONS = ("gain", "bias", "output_gain", "output_bias")
 _SLOPES = ("skip_slope", "unguided_slope")
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
@@ -42,8 +44,9 @@ class ReuseTable:
             latents against those of the bundle's own noise scheduler and steps, whose table has
             0 here.
         timesteps: (T,) float32, the noise scheduler's.
-        influence: (T,) float64, 0 or more: of a mean squared error of a step's guided noise
-            prediction on that of the final latents.
+        noise_influence: (T,) float64: how far the final latents move with a step's guided noise
+            prediction where that has noise of its own; of either sign.
+        reuse_influence: (T,) float64, 0 or more: likewise where it errs as its neighbours do.
         noise_pred: (T, G+1) float64, 0 or more; G is the largest gap. The mean squared error of
             the guided noise prediction with the corrected feature, against the float denoiser's;
             column 0 is of a full step, which quantisation makes wrong.
@@ -67,7 +70,8 @@ class ReuseTable:
     guidance_scale: float
     base_error: float
     timesteps: NDArray[np.float32]
-    influence: NDArray[np.float64]
+    noise_influence: NDArray[np.float64]
+    reuse_influence: NDArray[np.float64]
     noise_pred: NDArray[np.float64]
     feature_l1: NDArray[np.float64]
     skip: NDArray[np.float64]
@@ -112,8 +116,7 @@ class ReuseTable:
         return int(self.output_gain.shape[2])
 
     def errors(self, objective: str = OBJECTIVES[0]) -> NDArray[np.float64]:
-        """Returns the (T, G+1) reuse errors that a plan is to minimise the sum of: 0 in column 0,
-        below 0 where reusing is less wrong than computing with quantised layers.
+        """Returns the (T, G+1) reuse errors that a plan is to minimise the sum of; 0 in column 0.
 
         Raises:
             UsageError: There is no such objective.
@@ -125,30 +128,20 @@ class ReuseTable:
         return self.feature_l1
 
     def reuse_errors(self, objective: str = OBJECTIVES[0]) -> ReuseErrors:
-        """Returns what a plan of all modes is to minimise the sum of.
+        """Returns what a plan of all modes is to minimise.
 
-        The paper's objective knows neither skip nor unguided steps: it rules them out.
+        The paper's objective knows neither noise, nor skip and unguided steps, which it rules out.
 
         Raises:
             UsageError: There is no such objective.
         """
         shallow = self.errors(objective)
         if objective == OBJECTIVES[0]:
-            return ReuseErrors(shallow, self._added(self.skip), self._added(self.unguided))
+            skip, unguided = self._added(self.skip), self._added(self.unguided)
+            noise = noise_by_mode(self._own, self.noise_influence, self.guidance_scale)
+            return ReuseErrors(shallow, skip, unguided, noise)
         never = np.zeros((len(shallow), 1))
         return ReuseErrors(shallow, never, never)
-
-    def final_error(self, total: float) -> float:
-        """Returns the mean squared error of the final latents to expect of a plan.
-
-        Amplitudes add up over the steps, a full step's own among them, and the sum is what is
-        squared: what is reused errs in one direction for many steps, and its error goes on where
-        the next anchor takes over.
-
-        Args:
-            total: The sum of the plan's reuse errors (`noise_pred`).
-        """
-        return self.base_error + max(0.0, float(self._own.sum()) + total) ** 2
 
     def correction(self, anchor: int, step: int) -> ShallowCorrection:
         """Returns the correction of a step that reuses an anchor; the identity for its own.
@@ -224,7 +217,8 @@ class ReuseTable:
                 guidance_scale=_scalar(content, "guidance_scale", float),
                 base_error=_scalar(content, "base_error", float),
                 timesteps=content["timesteps"],
-                influence=content["influence"],
+                noise_influence=content["noise_influence"],
+                reuse_influence=content["reuse_influence"],
                 noise_pred=content["noise_pred"],
                 feature_l1=content["feature_l1"],
                 skip=content["skip"],
@@ -239,19 +233,17 @@ class ReuseTable:
         except CalibrationError as error:
             raise BundleError(f"{path} is not a reuse table: {error}") from None
 
-    def _amplitude(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Returns (T, G+1): how far an error at a step moves the final latents."""
-        moved: NDArray[np.float64] = np.sqrt(squares * self.influence[self._steps(squares)])
-        return moved
-
     def _added(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Returns (T, G+1): how much further than a full step's own error does."""
-        return self._amplitude(squares) - self._own[self._steps(squares)]
+        """Returns (T, G+1): how far what an error adds to a full step's moves the final latents."""
+        step = self._steps(squares)
+        added = np.maximum(squares - self._own[step], 0)
+        moved: NDArray[np.float64] = np.sqrt(added) * self.reuse_influence[step]
+        return moved
 
     @property
     def _own(self) -> NDArray[np.float64]:
-        """(T,): how far the errors of full steps move the final latents."""
-        return self._amplitude(self.noise_pred)[:, 0]
+        """(T,): mean squared errors of full steps."""
+        return self.noise_pred[:, 0]
 
     def _steps(self, squares: NDArray[np.float64]) -> NDArray[np.int64]:
         """Returns (T, G+1): the step that each entry is about."""
@@ -260,10 +252,11 @@ class ReuseTable:
 
     def _check_shapes(self) -> None:
         two = dict.fromkeys((*_ERRORS, *_SLOPES), 2)
-        dims = {"timesteps": 1, "influence": 1, **two, **dict.fromkeys(_CORRECTIONS, 3)}
+        one = dict.fromkeys(("timesteps", *_INFLUENCES), 1)
+        dims = {**one, **two, **dict.fromkeys(_CORRECTIONS, 3)}
         for name, ndim in dims.items():
             array = getattr(self, name)
-            dtype = "float64" if name in ("influence", *_ERRORS) else "float32"
+            dtype = "float64" if name in (*_INFLUENCES, *_ERRORS) else "float32"
             if array.ndim != ndim or array.dtype != dtype or 0 in array.shape:
                 raise CalibrationError(
                     f"{name} of a reuse table is {array.dtype} of shape {array.shape}: "
@@ -275,23 +268,25 @@ class ReuseTable:
         whole = 2 * [(*pairs, self.channels)] + 2 * [(*pairs, self.consumed_channels)]
         forecasts = 2 * [(step_count, shapes[name][1]) for name in ("skip", "unguided")]
         row = (step_count,)
-        if list(shapes.values()) != [row, row, pairs, pairs, *forecasts, *whole]:
+        if list(shapes.values()) != [row, row, row, pairs, pairs, *forecasts, *whole]:
             found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise CalibrationError(
                 f"{found} of a reuse table do not belong together: they must be (T,) "
-                "twice, (T, G+1) twice, (T, R+1), (T, U+1), both again, (T, G+1, C) twice, and "
-                "(T, G+1, 2C') twice"
+                "three times, (T, G+1) twice, (T, R+1), (T, U+1), both again, (T, G+1, C) twice, "
+                "and (T, G+1, 2C') twice"
             )
 
     def _check_entries(self) -> None:
         if not np.isfinite(self.timesteps).all():
             raise CalibrationError("a timestep of the reuse table is not a number")
-        usable = np.isfinite(self.influence) & (self.influence >= 0)
-        if not usable.all():
-            raise CalibrationError(
-                f"the influence of step {int(usable.argmin())} in the reuse table is unusable: it "
-                "must be a number of 0 or more"
-            )
+        for name in _INFLUENCES:
+            influence = getattr(self, name)
+            usable = np.isfinite(influence) & ((influence >= 0) | (name == "noise_influence"))
+            if not usable.all():
+                raise CalibrationError(
+                    f"{name} of step {int(usable.argmin())} in the reuse table is unusable: it "
+                    "must be a number, of reuse_influence 0 or more"
+                )
         for name in _ERRORS:
             errors = getattr(self, name)
             anchor, gap = np.indices(errors.shape)

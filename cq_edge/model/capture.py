@@ -20,7 +20,7 @@ from torch import Tensor
 from cq_edge.correction import MomentAccumulator
 from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Forecast
-from cq_edge.influence import mended_influence
+from cq_edge.influence import noise_influence, reuse_influence
 from cq_edge.model.reuse_trial import (
     Consumers,
     Corrections,
@@ -138,7 +138,8 @@ def capture(
         guidance_scale=guidance_scale,
         base_error=0.0,
         timesteps=np.asarray(noise_scheduler.timesteps, np.float32),
-        influence=mended_influence(noise_scheduler) ** 2,
+        noise_influence=noise_influence(noise_scheduler),
+        reuse_influence=reuse_influence(noise_scheduler),
         noise_pred=_means(error, len(prompts)),
         feature_l1=features.l1(),
         skip=_means(predictions.squares(), len(prompts)),

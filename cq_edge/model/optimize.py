@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, from_numpy, nn
 
 from cq_edge.errors import UsageError
 from cq_edge.model.capture import RUNS, Calibration, capture
@@ -175,7 +175,8 @@ def calibrate(
         )
         table = replace(calibration.table, base_error=typical_distance(exact_finals, own))
         loop = replace(exact, full=full)
-        table = scaled_to_trial(table, loop, shallow, compared, exact_finals, on_step)
+        finals = [*map(from_numpy, calibration.final_latents[: len(compared)])]
+        table = scaled_to_trial(table, loop, shallow, compared, finals, exact_finals, on_step)
         calibrations.append(replace(calibration, table=table))
     return tuple(calibrations)
 

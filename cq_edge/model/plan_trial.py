@@ -1,7 +1,8 @@
-"""What a table's errors are worth in the final latents, from one plan that is tried.
+"""What a table's errors are worth in the final latents, from two plans that are tried.
 
-What the influence of single steps leaves out is how much of many small errors the denoiser mends.
-So a plan that computes little is run, and the influence scaled to what comes of it.
+The influence of single steps supposes Gaussian data, and that errors of reuse point one way all
+along. So the noise of every step full is scaled to what that run ends in, and then the errors of
+reuse to what a plan that computes little ends in.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.forecast import Forecast
-from cq_edge.frontier import search_frontier
+from cq_edge.frontier import search_plans
 from cq_edge.model.reuse_trial import ShallowGraph
 from cq_edge.model.trajectory import Loop, Prompt, mean_square
 from cq_edge.reuse_table import ReuseTable
@@ -23,6 +24,8 @@ _MODE_COSTS = (1.0, 0.1, 0.0, 0.5, 0.05)
 _FULL_SHARE, _FULL_STEPS = 0.25, 8
 """The larger is what is full: few enough for reuse to err more than quantisation does, and enough
 for a picture."""
+_LEAST_REUSE = 0.1
+"""The least share of a trial's error that counts as reuse's, where noise alone seems to be more."""
 
 
 @torch.no_grad()
@@ -58,30 +61,43 @@ def scaled_to_trial(
     loop: Loop,
     shallow: ShallowGraph,
     prompts: Sequence[Prompt],
+    full_finals: Sequence[Tensor],
     exact_finals: Sequence[Tensor],
     on_step: Callable[[], object] = lambda: None,
 ) -> ReuseTable:
-    """Returns a table whose prediction for a plan that computes little is right.
+    """Returns a table whose predictions are right for every step full and for a plan that
+    computes little.
 
     Args:
-        table: Of the loop's noise scheduler; its influence is scaled.
+        table: Of the loop's noise scheduler; its influences are scaled.
         loop: Of the full graph that ships.
         shallow: Its shallow graph.
         prompts: One or more.
-        exact_finals: The final latents of the float denoiser, every step full.
+        full_finals: The final latents of the loop, every step full.
+        exact_finals: Those of the float denoiser.
         on_step: Called after every step that is run, for progress bars.
     """
+    all_full = CacheSchedule.all_full(len(table.timesteps))
+    noise = _ratio(
+        typical_distance(full_finals, exact_finals), table.reuse_errors().total(all_full)
+    )
+    table = replace(table, noise_influence=table.noise_influence * np.sqrt(noise))
     # a step without the negative prompt cannot be run branch by branch
     errors = replace(table.reuse_errors(), unguided=np.zeros((len(table.timesteps), 1)))
-    frontier = search_frontier(errors, dict(zip(Mode, _MODE_COSTS, strict=True)))
+    plans = search_plans(errors, dict(zip(Mode, _MODE_COSTS, strict=True)))
     most = max(_FULL_STEPS, int(_FULL_SHARE * len(table.timesteps)))
-    thrifty = [s for s, _ in frontier if s.counts["full"] <= most]
-    schedule = thrifty[-1] if thrifty else frontier[0][0]
-    predicted = table.final_error(errors.total(schedule)) - table.base_error
+    thrifty = [s for s, _ in plans if s.counts["full"] <= most]
+    schedule = thrifty[-1] if thrifty else plans[0][0]
     planned = _Planned(loop, shallow, table, schedule, len(loop.branches(prompts[0])))
     finals = final_latents(replace(loop, full=planned), prompts, on_step)
-    found = typical_distance(finals, exact_finals)
-    return replace(table, influence=table.influence * (found / predicted)) if predicted else table
+    found, predicted = typical_distance(finals, exact_finals), errors.parts(schedule)
+    reuse = _ratio(max(found - predicted.noise, _LEAST_REUSE * found), predicted.reuse**2)
+    return replace(table, reuse_influence=table.reuse_influence * np.sqrt(reuse))
+
+
+def _ratio(found: float, predicted: float) -> float:
+    """Returns how many times larger what was found is; 1 where nothing is to be scaled."""
+    return found / predicted if predicted > 0 and found > 0 else 1.0
 
 
 @dataclass(slots=True)

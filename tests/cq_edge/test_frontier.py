@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -5,27 +6,30 @@ import pytest
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import ScheduleError
-from cq_edge.frontier import ReuseErrors, search_frontier
+from cq_edge.frontier import ReuseErrors, search_frontier, search_plans
+from cq_edge.quantisation_noise import noise_by_mode
 
 MODE_MS = dict(zip(Mode, (20.0, 6.0, 0.1, 10.1, 3.1), strict=True))
 
 
 def random_errors(seed, steps=7, gaps=(3, 2, 2)):
-    """Errors with and without order: rising with the gap, and not; of the last seed some are below
-    0, as where reusing is less wrong than computing anew."""
-    rng, least = np.random.default_rng(seed), -0.3 if seed == 4 else 0.1
+    """Errors with and without order: rising with the gap, and not; of odd seeds with noise, whose
+    influence changes its sign."""
+    rng = np.random.default_rng(seed)
     rise = (lambda gap: gap) if seed % 2 else (lambda gap: gap > 0)
+    noise = noise_by_mode(rng.uniform(0, 1, steps), rng.uniform(-1, 1, steps), 2.0)
     return ReuseErrors(
-        *(rng.uniform(least, 1, (steps, g + 1)) * rise(np.arange(g + 1)) for g in gaps)
+        *(rng.uniform(0.1, 1, (steps, g + 1)) * rise(np.arange(g + 1)) for g in gaps),
+        noise if seed % 2 else {},
     )
 
 
 def every_schedule(errors):
-    """Every schedule that the errors cover, with its error."""
+    """Every schedule that the errors cover, with what it errs by."""
     for rest in product("FSKfs", repeat=len(errors.shallow) - 1):
         try:
             schedule = CacheSchedule.from_string("F" + "".join(rest))
-            yield schedule, errors.total(schedule)
+            yield schedule, errors.parts(schedule)
         except ScheduleError:
             continue
 
@@ -34,27 +38,45 @@ def taken_ms(schedule):
     return sum(MODE_MS[mode] for mode in schedule.modes)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_schedule_beats_the_frontier(seed):
-    errors = random_errors(seed)
-    frontier = [(taken_ms(s), error) for s, error in search_frontier(errors, MODE_MS)]
+    errors, weight = random_errors(seed), 0.7
+    found = search_frontier(errors, MODE_MS, weight)
+    frontier = [(taken_ms(schedule), error) for schedule, error in found]
     assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(frontier))
     count = 0
-    for schedule, error in every_schedule(errors):
+    for schedule, parts in every_schedule(errors):
         ms, count = taken_ms(schedule), count + 1
+        error = weight * parts.reuse + parts.noise
         assert min(e for t, e in frontier if t <= ms + 1e-6) <= error + 1e-12
     assert count > 4000
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_schedule_of_the_frontier_has_the_error_it_comes_with(seed):
     errors = random_errors(seed)
-    for schedule, error in search_frontier(errors, MODE_MS):
-        assert errors.total(schedule) == pytest.approx(error)
+    for schedule, error in search_frontier(errors, MODE_MS, 0.7):
+        parts = errors.parts(schedule)
+        assert 0.7 * parts.reuse + parts.noise == pytest.approx(error)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_plans_are_the_best_there_are_or_nearly(seed):
+    """Without noise the best; with it, whose total is no sum, within a few percent of it."""
+    errors = random_errors(seed)
+    plans = [(taken_ms(schedule), total) for schedule, total in search_plans(errors, MODE_MS)]
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(plans))
+    every = [(taken_ms(schedule), parts.total) for schedule, parts in every_schedule(errors)]
+    gaps = []
+    for budget in np.linspace(plans[0][0], plans[-1][0], 12) + 1e-6:
+        best, found = (min(e for t, e in them if t <= budget) for them in (every, plans))
+        gaps.append(found / best if best else 1.0)
+    assert min(gaps) >= 1 - 1e-9
+    assert np.mean(gaps) <= (1.1 if errors.noise else 1 + 1e-9)
 
 
 def test_the_total_adds_up_what_each_step_builds_on():
-    errors = random_errors(1)
+    errors = replace(random_errors(1), noise={})
     shallow, skip, unguided = errors.shallow, errors.skip, errors.unguided
     expected = {
         "FSSFKKS": shallow[0, 1] + shallow[0, 2] + skip[3, 1] + skip[3, 2] + shallow[3, 3],
@@ -70,7 +92,10 @@ def test_the_total_adds_up_what_each_step_builds_on():
         "FFFFFFF": 0.0,
     }
     for modes, total in expected.items():
-        assert errors.total(CacheSchedule.from_string(modes)) == pytest.approx(total)
+        parts = errors.parts(CacheSchedule.from_string(modes))
+        assert parts == (pytest.approx(total), 0)
+        assert parts.total == errors.total(CacheSchedule.from_string(modes))
+        assert parts.total == pytest.approx(total**2)
 
 
 @pytest.mark.parametrize(
@@ -107,5 +132,5 @@ def test_the_whole_frontier_of_fifty_steps_takes_well_under_a_second():
 
     errors = random_errors(1, 51, (10, 4, 3))
     start = process_time()
-    assert len(search_frontier(errors, MODE_MS)) > 100
+    assert len(search_plans(errors, MODE_MS)) > 100
     assert process_time() - start < 1

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cq_edge.influence import step_influence
+from cq_edge.influence import noise_influence, reuse_influence, step_influence
 from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
 
 
@@ -24,5 +24,33 @@ def test_an_error_in_one_prediction_moves_the_final_latents_by_its_influence(nam
     for step in range(total):
         changed = predictions.copy()
         changed[step] += 0.25
-        moved = np.abs(_final(noise_scheduler, changed, start) - expected)
+        moved = _final(noise_scheduler, changed, start) - expected
         np.testing.assert_allclose(moved, 0.25 * influence[step], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_denoiser_of_gaussian_data_mends_what_the_influence_says(name):
+    noise_scheduler, spread = make_noise_scheduler(name, 9, NoiseScheduleConfig()), 0.5
+    total = len(noise_scheduler.timesteps)
+
+    def final(error_at):
+        latents, history = np.full(3, 0.7), ()
+        for step, sigma in enumerate(noise_scheduler.sigmas):
+            unit_signal = noise_scheduler.model_input(latents, step) * np.sqrt(1 + sigma**2)
+            # of data with mean 0: what is expected of the noise in such latents
+            noise_pred = unit_signal * sigma / (spread**2 + sigma**2) + 0.25 * (step == error_at)
+            latents, history = noise_scheduler.advance(latents, noise_pred, step, history)
+        return latents
+
+    moved = [final(step)[0] - final(None)[0] for step in range(total)]
+    found = step_influence(noise_scheduler, spread)
+    np.testing.assert_allclose(moved, 0.25 * found, rtol=1e-6, atol=1e-9)
+
+
+def test_a_multistep_scheduler_ends_with_changing_signs_which_neighbours_even_out():
+    noise_scheduler = make_noise_scheduler("pndm", 50, NoiseScheduleConfig())
+    noise, reuse = noise_influence(noise_scheduler), reuse_influence(noise_scheduler)
+    assert noise[-4] * noise[-3] < 0 > noise[-3] * noise[-2]
+    assert abs(noise[-4:-1].sum()) < 0.5 * np.abs(noise[-4:-1]).sum()
+    assert noise.shape == reuse.shape == (51,)
+    assert (reuse > 0).all()

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import BundleError, CalibrationError, OutputExistsError, UsageError
 from cq_edge.reuse_table import ReuseTable
 
@@ -27,9 +28,9 @@ def table():
     skip, unguided = 2 * noise_pred[:, :2], 3 * noise_pred
     slopes = (np.full((T, 2), 0.5, np.float32), np.ones((T, G + 1), np.float32))
     errors = (noise_pred, feature_l1, skip, unguided, *slopes)
-    influence = np.linspace(1, 2, T)
+    influences = np.linspace(-1, 2, T), np.linspace(1, 2, T)
     corrections = (gain, bias, output_gain, output_bias)
-    return ReuseTable("pndm", 4, 7.5, 0.25, timesteps, influence, *errors, *corrections)
+    return ReuseTable("pndm", 4, 7.5, 0.25, timesteps, *influences, *errors, *corrections)
 
 
 def changed(name, index, value):
@@ -47,7 +48,8 @@ def test_a_table_survives_its_file_bit_for_bit(tmp_path):
         assert type(getattr(loaded, name)) is type(getattr(original, name))
     for name in (
         "timesteps",
-        "influence",
+        "noise_influence",
+        "reuse_influence",
         "noise_pred",
         "feature_l1",
         "skip",
@@ -83,24 +85,25 @@ def test_correction_is_the_entry_of_anchor_and_gap():
 
 def test_errors_are_those_of_the_objective_asked_for():
     given = table()
-    found, own = given.errors(), np.sqrt(given.noise_pred[:, 0] * given.influence)
+    found, own = given.errors(), given.noise_pred[:, 0]
     for anchor in range(T):
         for gap in range(min(G, T - 1 - anchor) + 1):
             step = anchor + gap
-            amplitude = np.sqrt(given.noise_pred[anchor, gap] * given.influence[step])
-            assert found[anchor, gap] == pytest.approx(amplitude - own[step])
+            more = max(0, given.noise_pred[anchor, gap] - own[step])
+            moved = np.sqrt(more) * given.reuse_influence[step]
+            assert found[anchor, gap] == pytest.approx(moved)
+    assert (found[:, 0] == 0).all()
     np.testing.assert_array_equal(table().errors("feature_l1"), table().feature_l1)
     message = "objective is 'l2': choose noise_pred or feature_l1"
     with pytest.raises(UsageError, match=f"^{message}$"):
         table().errors("l2")
 
 
-def test_the_final_error_is_the_square_of_all_that_adds_up():
-    given = replace(table(), base_error=0.25)
-    own = np.sqrt(given.noise_pred[:, 0] * given.influence).sum()
-    assert given.final_error(0.0) == pytest.approx(0.25 + own**2)
-    assert given.final_error(0.5) == pytest.approx(0.25 + (own + 0.5) ** 2)
-    assert given.final_error(-2 * own) == 0.25
+def test_every_step_full_errs_by_its_noise_alone():
+    given, every = table(), CacheSchedule.all_full(T)
+    noise = (given.noise_pred[:, 0] * given.noise_influence**2).sum()
+    assert given.reuse_errors().parts(every) == (0, pytest.approx(noise))
+    assert given.reuse_errors("feature_l1").total(every) == 0
 
 
 def test_a_steps_own_correction_is_the_identity():
@@ -152,11 +155,11 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
         ),
         (
             {"bias": np.ones((T, G + 1, C + 1), np.float32)},
-            "timesteps (5,), influence (5,), noise_pred (5, 3), feature_l1 (5, 3), skip (5, 2), "
-            "unguided (5, 3), skip_slope (5, 2), unguided_slope (5, 3), gain (5, 3, 3), bias "
-            "(5, 3, 4), output_gain (5, 3, 6), output_bias (5, 3, 6) of a reuse table do not "
-            "belong together: they must be (T,) twice, (T, G+1) twice, (T, R+1), (T, U+1), both "
-            "again, (T, G+1, C) twice, and (T, G+1, 2C') twice",
+            "timesteps (5,), noise_influence (5,), reuse_influence (5,), noise_pred (5, 3), "
+            "feature_l1 (5, 3), skip (5, 2), unguided (5, 3), skip_slope (5, 2), "
+            "unguided_slope (5, 3), gain (5, 3, 3), bias (5, 3, 4), output_gain (5, 3, 6), "
+            "output_bias (5, 3, 6) of a reuse table do not belong together: they must be (T,) "
+            "three times, (T, G+1) twice, (T, R+1), (T, U+1), both again, (T, G+1, C) twice, and (T, G+1, 2C') twice",
         ),
         (
             changed("skip_slope", (1, 1), 1.5),
@@ -173,9 +176,9 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
             "dimensions, none empty",
         ),
         (
-            changed("influence", 3, -1.0),
-            "the influence of step 3 in the reuse table is unusable: it must be a number of "
-            "0 or more",
+            changed("reuse_influence", 3, -1.0),
+            "reuse_influence of step 3 in the reuse table is unusable: it must be a number, of "
+            "reuse_influence 0 or more",
         ),
         (
             {"base_error": -0.5},
@@ -305,11 +308,11 @@ def test_only_our_objective_knows_what_forecasts_cost():
     for name, found in (("noise_pred", ours.shallow), ("skip", ours.skip)):
         for anchor, gap in ((0, 1), (2, 1)):
             step = anchor + gap
-            moved, own = (
-                np.sqrt(square * table().influence[step])
-                for square in (getattr(table(), name)[anchor, gap], table().noise_pred[step, 0])
-            )
-            assert found[anchor, gap] == pytest.approx(moved - own)
+            more = max(0, getattr(table(), name)[anchor, gap] - table().noise_pred[step, 0])
+            moved = np.sqrt(more) * table().reuse_influence[step]
+            assert found[anchor, gap] == pytest.approx(moved)
+    assert set(ours.noise) == set(Mode)
+    assert not papers.noise
     assert ours.unguided.shape == table().unguided.shape
     np.testing.assert_array_equal(papers.shallow, table().feature_l1)
     assert papers.skip.shape == papers.unguided.shape == (T, 1)

@@ -5,7 +5,7 @@ import torch
 from cq_edge.correction import fit_correction
 from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Forecast
-from cq_edge.influence import mended_influence
+from cq_edge.influence import noise_influence, reuse_influence
 from cq_edge.model.capture import MAX_SKIP, MAX_UNGUIDED, RUNS, capture
 from cq_edge.model.reuse_trial import Consumers
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
@@ -120,7 +120,8 @@ def test_noise_prediction_errors_are_what_the_corrected_features_leave():
         guidance_scale=scale,
     )
     table = calibration.table
-    np.testing.assert_array_equal(table.influence, mended_influence(_scheduler()) ** 2)
+    np.testing.assert_array_equal(table.noise_influence, noise_influence(_scheduler()))
+    np.testing.assert_array_equal(table.reuse_influence, reuse_influence(_scheduler()))
     for anchor in range(_STEPS):
         for gap in range(1, min(3, _STEPS - 1 - anchor) + 1):
             correction = table.correction(anchor, anchor + gap).cache

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cq_edge.cache_schedule import Mode
-from cq_edge.frontier import search_frontier
+from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.frontier import search_plans
 from cq_edge.model.plan_trial import final_latents, scaled_to_trial, typical_distance
 from cq_edge.model.trajectory import Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
@@ -56,8 +56,9 @@ def _table(steps, max_gap, skip):
     never = np.zeros((steps, 1))
     half = np.full(skip.shape, 0.5, np.float32)
     return ReuseTable(
-        "ddim", steps, 1.0, 0.125, np.linspace(900, 1, steps, dtype=np.float32), np.ones(steps),
-        errors, errors, skip, never, half, never.astype(np.float32), *2 * [ones, zeros],
+        "ddim", steps, 1.0, 0.125, np.linspace(900, 1, steps, dtype=np.float32),
+        *2 * [np.ones(steps)], errors, errors, skip, never, half, never.astype(np.float32),
+        *2 * [ones, zeros],
     )  # fmt: skip
 
 
@@ -80,29 +81,38 @@ def _by_hand(loop, number, modes):
 
 
 @pytest.mark.parametrize("skips", [True, False])
-def test_the_table_is_scaled_to_what_a_plan_really_errs_by(skips):
+def test_the_table_is_scaled_to_what_two_plans_really_err_by(skips):
     steps = 20
     # skipping once costs nearly nothing, twice in a row much
     skip = np.tile([0.0, 1e-6, 9.0], (steps, 1)) if skips else np.zeros((steps, 1))
     table, loop = _table(steps, 3, skip), _loop(steps)
-    finals = final_latents(loop, _PROMPTS)
+    errors = table.noise_pred.copy()
+    errors[:, 0] = skip[:, 0] = 1e-6
+    table = replace(table, noise_pred=errors)
+    full = final_latents(loop, _PROMPTS)
+    exact = [latents + 1e-3 for latents in full]  # what a float denoiser would end in
     told = []
-    scaled = scaled_to_trial(table, loop, _shallow, _PROMPTS, finals, lambda: told.append(None))
+    scaled = scaled_to_trial(
+        table, loop, _shallow, _PROMPTS, full, exact, lambda: told.append(None)
+    )
     assert len(told) == 2 * steps
-    assert np.ptp(scaled.influence) == 0
+    assert np.ptp(scaled.reuse_influence) == np.ptp(scaled.noise_influence) == 0
+    errors = scaled.reuse_errors()
+    assert errors.total(CacheSchedule.all_full(steps)) == pytest.approx(1e-6, rel=1e-3)
+    noisy = replace(table, noise_influence=scaled.noise_influence)
     costs = dict(zip(Mode, (1, 0.1, 0, 0.5, 0.05), strict=True))
-    found = search_frontier(table.reuse_errors(), costs)
-    plans = [schedule for schedule, _ in found if schedule.counts["full"] <= 8]
-    modes = plans[-1].to_string()
-    assert ("K" in modes) == skips
-    distances = [(_by_hand(loop, n, modes) - finals[n]).square().mean() for n in range(2)]
-    expected = float(torch.stack(distances).log().mean().exp())
-    predicted = scaled.final_error(scaled.reuse_errors().total(plans[-1])) - 0.125
-    assert predicted == pytest.approx(expected, rel=1e-4)
+    found = search_plans(noisy.reuse_errors(), costs)
+    plan = [schedule for schedule, _ in found if schedule.counts["full"] <= 8][-1]
+    assert ("K" in plan.to_string()) == skips
+    pairs = [(_by_hand(loop, n, plan.to_string()), exact[n]) for n in range(2)]
+    distances = torch.stack([(found - expected).square().mean() for found, expected in pairs])
+    assert errors.total(plan) == pytest.approx(float(distances.log().mean().exp()), rel=1e-4)
 
 
 def test_a_table_without_errors_is_left_as_it_is():
     table, loop = _table(12, 3, np.zeros((12, 1))), _loop(12)
     nothing = replace(table, noise_pred=np.zeros_like(table.noise_pred))
     finals = final_latents(loop, _PROMPTS)
-    assert scaled_to_trial(nothing, loop, _shallow, _PROMPTS, finals) is nothing
+    scaled = scaled_to_trial(nothing, loop, _shallow, _PROMPTS, finals, finals)
+    for name in ("noise_influence", "reuse_influence"):
+        np.testing.assert_array_equal(getattr(scaled, name), getattr(nothing, name))

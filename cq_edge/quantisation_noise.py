@@ -1,0 +1,43 @@
+"""What the noise of quantised layers adds up to in the final latents, mode by mode of a plan.
+
+Every full step rounds anew, and what it rounds off is like noise: unlike that of other steps. A
+step that reuses or forecasts goes on with the noise of the last full step. So noise adds up by
+amplitude within a segment, with the signs of the steps' influence, and by power over segments.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cq_edge.cache_schedule import Mode
+
+_SHALLOW_SHARE = 0.5
+"""Of a full step's noise, what the layers that a shallow step runs add anew."""
+
+
+def noise_by_mode(
+    own: NDArray[np.float64], influence: NDArray[np.float64], guidance_scale: float
+) -> dict[Mode, NDArray[np.float64]]:
+    """Returns for each mode (T, T) what step k adds to the mean squared error of the final latents
+    where the last guided full step was d steps before, at [k, d]; below 0 where it cancels.
+
+    Args:
+        own: (T,) mean squared errors of full steps.
+        influence: (T,) of either sign: `noise_influence`.
+        guidance_scale: Multiplies the noise of both branches; a step without the negative prompt
+            has new noise of the other branch alone.
+    """
+    total = len(own)
+    back = np.subtract.outer(np.arange(total), np.arange(total))
+    source = np.maximum(back, 0)
+    reach = np.concatenate([[0.0], np.cumsum(influence)])
+    before = reach[:total, None] - reach[source]
+    goes_on = own[source] * ((before + influence[:, None]) ** 2 - before**2)
+    anew = np.broadcast_to((own * influence**2)[:, None], (total, total))
+    one_branch = 1 / (guidance_scale**2 + (guidance_scale - 1) ** 2)
+    return {
+        Mode.FULL: anew,
+        Mode.SHALLOW: goes_on + _SHALLOW_SHARE * anew,
+        Mode.SKIP: goes_on,
+        Mode.FULL_UNGUIDED: goes_on + one_branch * anew,
+        Mode.SHALLOW_UNGUIDED: goes_on + _SHALLOW_SHARE * one_branch * anew,
+    }
