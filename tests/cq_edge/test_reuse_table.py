@@ -159,7 +159,8 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
             "feature_l1 (5, 3), skip (5, 2), unguided (5, 3), skip_slope (5, 2), "
             "unguided_slope (5, 3), gain (5, 3, 3), bias (5, 3, 4), output_gain (5, 3, 6), "
             "output_bias (5, 3, 6) of a reuse table do not belong together: they must be (T,) "
-            "three times, (T, G+1) twice, (T, R+1), (T, U+1), both again, (T, G+1, C) twice, and (T, G+1, 2C') twice",
+            "three times, (T, G+1) twice, (T, R+1), (T, U+1), both again, (T, G+1, C) twice, "
+            "and (T, G+1, 2C') twice",
         ),
         (
             changed("skip_slope", (1, 1), 1.5),
