@@ -25,7 +25,7 @@ _ROWS = 12  # of the frontier that the screen shows
 
 _DESCRIPTION = """\
 Chooses which steps of a bundle run the full graph, the shallow graph, or none, and which go
-without the negative prompt: the plan of least predicted error within a budget, exactly.
+without the negative prompt: the plan of least predicted error within a budget.
 Planning needs no export and no calibration, only the bundle and how long its graphs take on the
 device, which is measured here unless a device profile or a device that ships is given."""
 

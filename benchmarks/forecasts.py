@@ -47,7 +47,7 @@ def main() -> None:
     noise_scheduler = make_noise_scheduler(
         defaults.noise_scheduler, defaults.steps, bundle.manifest.noise_schedule
     )
-    influence = bundle.reuse_table(defaults.noise_scheduler, defaults.steps).influence
+    table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
     engine = engine_for(bundle, args.threads)
     loop = _loop(engine, bundle, noise_scheduler)
@@ -55,7 +55,7 @@ def main() -> None:
         _predictions(loop, engine, bundle, number, caption)
         for number, caption in enumerate(tqdm(captions, desc="captions"))
     ]
-    text = _table(np.stack(runs), noise_scheduler, influence, bundle)
+    text = _table(np.stack(runs), noise_scheduler, table.reuse_influence**2, bundle)
     (args.docs / "forecasts.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -26,7 +26,8 @@ from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
 from runtime.draw import Method, draw
 
-_SCENES_SEED, _FIRST_SEED = 40_000_001, 1_000
+_SCENES_SEED, _FIRST_SEED, _PLANS_SEED = 50_000_001, 2_000, 1
+"""Nothing was tuned on these captions, seeds and plans."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +74,7 @@ def main() -> None:
     bundle, reference = open_bundle(args.bundle), open_bundle(args.reference)
     defaults = bundle.manifest.defaults
     table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(_PLANS_SEED)
     reusing = [random_plan(rng, table) for _ in range(args.plans)]
     plans = [*reusing, *(with_skips(rng, plan, table) for plan in reusing)]
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
