@@ -210,12 +210,13 @@ def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
     budget_ms = reference.loop_ms(reference.full) / speedup
     plan = _planned(ours, budget_ms)
     paper = _papers(ours, budget_ms)
-    bare = table.without_corrections()
+    bare, cached = table.without_corrections(), table.without_corrections(cache=False)
     return [
         Variant("float32", reference.make(steps, reference.full, None)),
         Variant("quantised only", ours.make(steps, ours.full, None)),
         Variant("cached only", reference.plan(_same(plan, reference))),
         Variant("naive", ours.make(steps, paper, bare)),
+        Variant("naive, cache half", ours.make(steps, paper, cached)),
         Variant("naive, corrected", ours.make(steps, paper, table)),
         Variant("ours, no correction", ours.plan(plan, cache=False, quantisation=False)),
         Variant("ours, cache half alone", ours.plan(plan, quantisation=False)),

@@ -11,7 +11,8 @@ from tests.tiny_bundle import reuse_table, write_bundle
 
 TIMES = {"encode": 2.0, "denoise": 10.0, "denoise_shallow": 1.0, "decode": 5.0}
 NAMES = [
-    "float32", "quantised only", "cached only", "naive", "naive, corrected",
+    "float32", "quantised only", "cached only", "naive", "naive, cache half",
+    "naive, corrected",
     "ours, no correction", "ours, cache half alone", "ours, quantisation alone", "ours",
     "uniform cache", "fewer steps, ddim", "fewer steps, dpmsolver++",
 ]  # fmt: skip
