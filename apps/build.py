@@ -30,6 +30,7 @@ from apps.build_coreml import (
 from apps.build_delegate import DELEGATE_FILE, write_delegate
 from apps.build_operators import write_operators
 from apps.engines import BACKENDS
+from apps.model_options import add_model_arguments, load_model, model_conditions
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
 from apps.replacing import check_replaceable, written_beside
@@ -81,6 +82,8 @@ _EXAMPLES = """\
 examples:
   cq-edge build -o demo                              the built-in demo model
   cq-edge build ./stable-diffusion-v1-5 -o sd15      a folder in diffusers layout
+  cq-edge build model.safetensors --lora style.safetensors:0.8 -o styled
+                                                     a single file, with a LoRA in it
   cq-edge build -o demo --steps 20 --scheduler ddim  calibrated for other defaults
   cq-edge build -o float --quantization none         float32, to compare with
   cq-edge build -o demo --backend executorch,coreml  for both toolchains"""
@@ -191,8 +194,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `cq-edge build`."""
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="a diffusers folder or a hub id (default: the "
-        "built-in demo model)")  # fmt: skip
+    add_model_arguments(parser)
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="the bundle's folder")
     add("--force", action="store_true", help="replace a bundle that exists")
     add("--scheduler", choices=NAMES, default="pndm", help="noise scheduler to calibrate for "
@@ -253,12 +255,11 @@ def run(args: argparse.Namespace) -> int:
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     # the torch side takes seconds to import: only once the arguments are known to be good
     with quiet_toolchains():
-        from cq_edge.model.load import load_pipeline
         from cq_edge.model.optimize import OptimizeConfig, calibration_steps, parity_inputs
         from cq_edge.model.prompts import WORLD_PROMPTS, scene_prompts
         from cq_edge.model.vocabulary import write_vocabulary
 
-        pipeline = load_pipeline(args.model)
+        pipeline = load_model(args)
     if prompts is None:
         prompts = tuple(scene_prompts(8)) if args.model is None else WORLD_PROMPTS
     scale = args.guidance_scale
@@ -307,13 +308,20 @@ def run(args: argparse.Namespace) -> int:
         for table in tables:
             table.save(folder / _table_file(table))
         write_vocabulary(pipeline.tokenizer, folder / "tokenizer")
-        name = "cq-edge demo model" if args.model is None else Path(args.model).name
+        name = (
+            "cq-edge demo model"
+            if args.model is None
+            else Path(args.model).stem
+            if args.model.endswith(".safetensors")
+            else Path(args.model).name
+        )
         summaries = {
             backend: build.summary(_float32_bytes(pipeline)) for backend, build in builds.items()
         }
         bits = None if packages is None else 32 / summaries["coreml"]["unet_compression"]
         write_operators(folder, folder / GRAPHS_FILE, optimized, specs, bits)
         conditions = _conditions(args.quantization, summaries, packages)
+        conditions |= model_conditions(args)
         manifest = _manifest(name, optimized, pipeline, builds, defaults, tables, conditions)
         write_manifest(folder, manifest)
     _report(args, _summary(args.output, summaries, perf_counter() - start), builds)

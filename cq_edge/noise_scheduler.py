@@ -28,7 +28,7 @@ Array: TypeAlias = Any
 NAMES = ("ddim", "pndm", "euler", "dpmsolver++")
 
 _BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
-_PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 _SPACINGS = ("leading", "linspace", "trailing")
 _ONLY_VALUE = {  # of diffusers' keys that change the arithmetic, the one value we implement
     "clip_sample": False,
@@ -83,7 +83,7 @@ class NoiseScheduleConfig:
         if self.steps_offset < 0:
             raise ScheduleError(f"steps_offset is {self.steps_offset}: it must be 0 or more")
         _require_one_of("beta_schedule", self.beta_schedule, _BETA_SCHEDULES)
-        _require_one_of("prediction_type", self.prediction_type, _PREDICTION_TYPES)
+        _require_one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
         _require_one_of("timestep_spacing", self.timestep_spacing, _SPACINGS)
 
     @classmethod

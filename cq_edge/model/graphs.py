@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
@@ -50,11 +50,15 @@ class EncodeGraph(nn.Module):
 class DecodeGraph(nn.Module):
     """The autoencoder's second half: scaled latents to a picture in [0, 1]."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
+        """Raises ModelError if the latents have a mean and a spread of their own."""
         super().__init__()
+        if getattr(vae.config, "latents_mean", None) is not None:
+            raise ModelError("the VAE has latents_mean: only one scaling_factor can be undone")
         self.per_latent = 1.0 / vae.config.scaling_factor
         self.offset = getattr(vae.config, "shift_factor", None) or 0.0
-        self.post_quant_conv = vae.post_quant_conv
+        # AutoencoderTiny has none
+        self.post_quant_conv = getattr(vae, "post_quant_conv", None)
         self.decoder = vae.decoder
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ def test_a_folder_that_is_no_pipeline_is_refused_and_nothing_is_written(tmp_path
     assert code == 1
     assert err == (
         f"cq-edge: error: {tmp_path / 'empty'} is no diffusers pipeline: it has no "
-        "model_index.json; give the folder that StableDiffusionPipeline.save_pretrained wrote"
+        "model_index.json; give the folder that a pipeline's save_pretrained wrote, or a single "
+        ".safetensors file"
     )
     assert not (tmp_path / "out").exists()
 
