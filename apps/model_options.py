@@ -46,6 +46,13 @@ def load_model(args: argparse.Namespace) -> "DiffusionPipeline":
     )
 
 
+def model_name(args: argparse.Namespace) -> str:
+    """Returns what to call the model, for people."""
+    if args.model is None:
+        return "cq-edge demo model"
+    return Path(args.model).name.removesuffix(".safetensors")
+
+
 def model_conditions(args: argparse.Namespace) -> dict[str, str | int | float]:
     """Returns what was done to the model, for the manifest's conditions."""
     found: dict[str, str | int | float] = {}

@@ -1,13 +1,14 @@
-"""DDIM, PNDM, Euler and DPM-Solver++ 2M: timesteps, and a step that is one line of arithmetic.
+"""DDIM, PNDM, Euler, DPM-Solver++ 2M, LCM: timesteps, and a step that is one line of arithmetic.
 
 Coefficients are float64 Python numbers worked out once; a step multiplies and adds arrays, so it
-runs on NumPy and on torch and keeps the arrays' dtype. Deterministic samplers only (eta 0).
+runs on NumPy and on torch and keeps the arrays' dtype. All are deterministic (eta 0) but LCM,
+which wants fresh noise after each step; the loop adds it, so that a step is arithmetic there too.
 
 Source: diffusers' DDIMScheduler (arXiv 2010.02502), PNDMScheduler with skip_prk_steps
-(arXiv 2202.09778), EulerDiscreteScheduler (arXiv 2206.00364) and DPMSolverMultistepScheduler
-(arXiv 2211.01095), each equal over whole trajectories. We differ in that step counts whose
-timesteps repeat or leave the trained range are refused, where diffusers clamps, divides by zero
-or raises IndexError, and in that coefficients are float64.
+(arXiv 2202.09778), EulerDiscreteScheduler (arXiv 2206.00364), DPMSolverMultistepScheduler
+(arXiv 2211.01095) and LCMScheduler (arXiv 2310.04378), each equal over whole trajectories. We
+differ in that step counts whose timesteps repeat or leave the trained range are refused, where
+diffusers clamps, divides by zero or raises IndexError, and in that coefficients are float64.
 
 Notation: alpha_bar is the papers' cumulative product ᾱ, sigma is sqrt((1 - ᾱ) / ᾱ).
 """
@@ -25,7 +26,9 @@ from cq_edge.errors import ScheduleError
 Array: TypeAlias = Any
 """NumPy array or torch tensor of floats, any shape."""
 
-NAMES = ("ddim", "pndm", "euler", "dpmsolver++")
+NAMES = ("ddim", "pndm", "euler", "dpmsolver++", "lcm")
+_LCM_STEPS = 50  # that latent consistency models are distilled on; theirs are some of them
+_LCM_DATA_SIGMA, _LCM_TIMESTEP_SCALING = 0.5, 10.0
 
 _BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -43,6 +46,8 @@ _ONLY_VALUE = {  # of diffusers' keys that change the arithmetic, the one value 
     "final_sigmas_type": "zero",
     "interpolation_type": "linear",
     "timestep_type": "discrete",
+    "original_inference_steps": _LCM_STEPS,
+    "timestep_scaling": _LCM_TIMESTEP_SCALING,
 }
 
 
@@ -171,13 +176,19 @@ class NoiseScheduler(Protocol):
     def init_noise_sigma(self) -> float:
         """What to multiply standard normal noise by to get the first latents."""
 
+    @property
+    def fresh_noise(self) -> tuple[float, ...]:
+        """By how much standard normal noise is to be added to the latents after each of the T
+        steps; 0 but for LCM."""
+
     def model_input(self, latents: Array, step: int) -> Array:
         """Returns the latents scaled as the denoiser expects them at a step."""
 
     def advance(
         self, latents: Array, noise_pred: Array, step: int, history: tuple[Array, ...]
     ) -> tuple[Array, tuple[Array, ...]]:
-        """Returns the next step's latents, and the history to hand to the next step.
+        """Returns the next step's latents, without fresh noise, and the history to hand to the
+        next step.
 
         Args:
             latents: What `model_input` was given.
@@ -200,10 +211,9 @@ def make_noise_scheduler(name: str, steps: int, config: NoiseScheduleConfig) -> 
     """
     if name not in _MAKERS:
         raise ScheduleError(f'noise scheduler "{name}" is unknown: use {", ".join(NAMES)}')
-    if not 1 <= steps <= config.num_train_timesteps:
-        raise ScheduleError(
-            f"{name} cannot run {steps} steps: ask for 1 to {config.num_train_timesteps}"
-        )
+    most = config.num_train_timesteps if name != "lcm" else _LCM_STEPS
+    if not 1 <= steps <= most:
+        raise ScheduleError(f"{name} cannot run {steps} steps: ask for 1 to {most}")
     if not _fits(name, steps, config):
         highest = next((n for n in range(steps, 0, -1) if _fits(name, n, config)), None)
         cure = f"ask for at most {highest}" if highest else "lower steps_offset"
@@ -217,7 +227,7 @@ def make_noise_scheduler(name: str, steps: int, config: NoiseScheduleConfig) -> 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _UnscaledInput:
-    """What the three samplers that work on unscaled latents share."""
+    """What the samplers that work on unscaled latents share."""
 
     name: str
     steps: int
@@ -227,6 +237,10 @@ class _UnscaledInput:
     @property
     def init_noise_sigma(self) -> float:
         return 1.0
+
+    @property
+    def fresh_noise(self) -> tuple[float, ...]:
+        return (0.0,) * len(self.timesteps)
 
     def model_input(self, latents: Array, step: int) -> Array:  # noqa: ARG002 - the protocol's
         return latents
@@ -286,8 +300,30 @@ class _Euler:
     input_factors: tuple[float, ...]
     moves: tuple[tuple[float, float], ...]
 
+    @property
+    def fresh_noise(self) -> tuple[float, ...]:
+        return (0.0,) * len(self.timesteps)
+
     def model_input(self, latents: Array, step: int) -> Array:
         return self.input_factors[step] * latents
+
+    def advance(
+        self, latents: Array, noise_pred: Array, step: int, history: tuple[Array, ...]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        keep, add = self.moves[step]
+        return keep * latents + add * noise_pred, history
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lcm(_UnscaledInput):
+    """Each step predicts the clean latents; the next starts from them, noised anew."""
+
+    moves: tuple[tuple[float, float], ...]
+    noise: tuple[float, ...]
+
+    @property
+    def fresh_noise(self) -> tuple[float, ...]:
+        return self.noise
 
     def advance(
         self, latents: Array, noise_pred: Array, step: int, history: tuple[Array, ...]
@@ -372,11 +408,32 @@ def _make_dpmsolver(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
     return _DpmSolver("dpmsolver++", steps, rounded, sigmas, clean, tuple(moves))
 
 
+def _make_lcm(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
+    timesteps = _lcm_timesteps(steps, config)
+    alphas_bar = config.alphas_bar()[timesteps]
+    moves = []
+    for timestep, a in zip(timesteps, alphas_bar, strict=True):
+        scaled = float(timestep) * _LCM_TIMESTEP_SCALING
+        skip = _LCM_DATA_SIGMA**2 / (scaled**2 + _LCM_DATA_SIGMA**2)
+        out = scaled / math.hypot(scaled, _LCM_DATA_SIGMA)
+        keep, add = (1 / math.sqrt(a), -math.sqrt((1 - a) / a))  # of the clean latents
+        if config.prediction_type == "v_prediction":
+            keep, add = math.sqrt(a), -math.sqrt(1 - a)
+        moves.append((skip + out * keep, out * add))
+    after = [*alphas_bar[1:].tolist(), 1.0]  # the last step's latents stay as they are
+    roots = [math.sqrt(b) for b in after]
+    moves = [(root * keep, root * add) for root, (keep, add) in zip(roots, moves, strict=True)]
+    noise = tuple(math.sqrt(1 - b) for b in after)
+    sigmas = _sigmas(timesteps, config)
+    return _Lcm("lcm", steps, timesteps.astype(np.float32), sigmas, tuple(moves), noise)
+
+
 _MAKERS: dict[str, Callable[[int, NoiseScheduleConfig], NoiseScheduler]] = {
     "ddim": _make_ddim,
     "pndm": _make_pndm,
     "euler": _make_euler,
     "dpmsolver++": _make_dpmsolver,
+    "lcm": _make_lcm,
 }
 
 
@@ -426,9 +483,21 @@ def _spaced(
     return np.round(count - np.arange(steps, dtype=np.float64) * (count / steps)) - 1
 
 
+def _lcm_timesteps(steps: int, config: NoiseScheduleConfig) -> NDArray[np.int64]:
+    """Returns (steps,) of the timesteps that consistency models are distilled on, falling."""
+    distilled = np.arange(_LCM_STEPS, 0, -1) * (config.num_train_timesteps // _LCM_STEPS) - 1
+    taken = np.floor(np.linspace(0, _LCM_STEPS, steps, endpoint=False)).astype(int)
+    timesteps: NDArray[np.int64] = distilled[taken]
+    return timesteps
+
+
 def _fits(name: str, steps: int, config: NoiseScheduleConfig) -> bool:
     """Says whether the timesteps fall strictly and lie in the trained range."""
-    timesteps = _spaced(steps, config, whole=name != "euler", ends_at_zero=name != "dpmsolver++")
+    timesteps: NDArray[Any] = (
+        _lcm_timesteps(steps, config)
+        if name == "lcm"
+        else _spaced(steps, config, whole=name != "euler", ends_at_zero=name != "dpmsolver++")
+    )
     inside = timesteps[0] < config.num_train_timesteps and timesteps[-1] >= 0
     return bool(inside and (np.diff(timesteps) < 0).all())
 

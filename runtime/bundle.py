@@ -99,20 +99,23 @@ class Bundle:
         fitting.sort(key=lambda pair: pair != own)
         return tuple(self.reuse_table(*pair) for pair in fitting)
 
-    def tokenizer(self) -> ClipTokenizer:
-        """Returns the tokenizer of the bundle's own vocabulary.
+    def tokenizers(self) -> tuple[ClipTokenizer, ...]:
+        """Returns the tokenizers of the bundle's own vocabularies, one for each input of the
+        encode graph.
 
         Raises:
-            BundleError: Its files are no CLIP vocabulary.
+            BundleError: Their files are no CLIP vocabulary.
         """
-        entry = self.manifest.tokenizer
-        return ClipTokenizer.from_files(
-            self.path(entry.vocab),
-            self.path(entry.merges),
-            max_length=entry.max_length,
-            bos_token=entry.bos_token,
-            eos_token=entry.eos_token,
-            pad_token=entry.pad_token,
+        return tuple(
+            ClipTokenizer.from_files(
+                self.path(entry.vocab),
+                self.path(entry.merges),
+                max_length=entry.max_length,
+                bos_token=entry.bos_token,
+                eos_token=entry.eos_token,
+                pad_token=entry.pad_token,
+            )
+            for entry in self.manifest.tokenizers
         )
 
 

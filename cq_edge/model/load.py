@@ -19,6 +19,11 @@ DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 _TEXT_TO_IMAGE = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 _KINDS: Mapping[str, Sequence[str]] = {  # the components that each kind of pipeline needs
     "StableDiffusionPipeline": _TEXT_TO_IMAGE,
+    "StableDiffusionXLPipeline": ("tokenizer_2", "text_encoder_2", *_TEXT_TO_IMAGE),
+    "LatentConsistencyModelPipeline": _TEXT_TO_IMAGE,
+    "DDPMPipeline": ("unet", "scheduler"),
+    "DDIMPipeline": ("unet", "scheduler"),
+    "LDMPipeline": ("vqvae", "unet", "scheduler"),
 }
 
 
@@ -72,7 +77,7 @@ def _from_diffusers(source: str | Path) -> DiffusionPipeline:
     index = _read_index(folder) if folder.exists() else _hub_index(source)
     kind = str(index.get("_class_name"))
     if kind not in _KINDS:
-        raise ModelError(f"{source} holds a {kind}; cq-edge builds from a {' or a '.join(_KINDS)}")
+        raise ModelError(f"{source} holds a {kind}; cq-edge builds from {', '.join(_KINDS)}")
     if folder.exists():
         _check_components(folder, _KINDS[kind])
     unchecked = {"safety_checker": None, "requires_safety_checker": False}

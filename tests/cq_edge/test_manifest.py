@@ -57,7 +57,7 @@ def manifest(**change):
         graphs={name: graph(name) for name in ("encode", "denoise", "denoise_shallow", "decode")},
         noise_schedule=NoiseScheduleConfig(),
         defaults=Defaults("pndm", 50, 7.5, 17),
-        tokenizer=TokenizerEntry("tokenizer/vocab.json", "tokenizer/merges.txt"),
+        tokenizers=(TokenizerEntry("tokenizer/vocab.json", "tokenizer/merges.txt"),),
         reuse_tables=(ReuseTableEntry("reuse_pndm_50.npz", "pndm", 50),),
         conditions={"torch": "2.13.0", "threads": 2, "hours": 0.5},
     )
@@ -101,7 +101,7 @@ def test_format_version_stands_first_and_the_text_ends_with_a_newline(bundle):
     write_manifest(bundle, manifest())
     text = (bundle / "manifest.json").read_text()
     assert next(iter(json.loads(text))) == "format_version"
-    assert text.startswith('{\n  "format_version": 4,\n')
+    assert text.startswith('{\n  "format_version": 5,\n')
     assert text.endswith("}\n")
 
 
@@ -257,17 +257,17 @@ def remover(*keys):
 
 WRONG = [
     (
-        setter(5, "format_version"),
-        " was written by a newer cq-edge (format_version 5; this one reads 4): upgrade cq-edge",
+        setter(6, "format_version"),
+        " was written by a newer cq-edge (format_version 6; this one reads 5): upgrade cq-edge",
     ),
     (
         setter(1, "format_version"),
-        " was written by an older cq-edge (format_version 1; this one reads 4): build the bundle "
+        " was written by an older cq-edge (format_version 1; this one reads 5): build the bundle "
         "again",
     ),
-    (setter(0, "format_version"), ": format_version is 0: it must be 4"),
-    (setter(True, "format_version"), ": format_version is true: it must be 4"),
-    (remover("format_version"), ": format_version is missing: it must be 4"),
+    (setter(0, "format_version"), ": format_version is 0: it must be 5"),
+    (setter(True, "format_version"), ": format_version is true: it must be 5"),
+    (remover("format_version"), ": format_version is missing: it must be 5"),
     (lambda _: [1], " holds an array: it must hold an object"),
     (
         setter(1, "latents", "depth"),
@@ -277,7 +277,7 @@ WRONG = [
         setter(1, "graphs", "denoise", "inputs", 0, "colour"),
         ": key graphs.denoise.inputs[0].colour is unknown: known here are name, shape, dtype",
     ),
-    (remover("tokenizer", "vocab"), ": key tokenizer.vocab is missing"),
+    (remover("tokenizers", 0, "vocab"), ": key tokenizers[0].vocab is missing"),
     (remover("noise_schedule"), ": key noise_schedule is missing"),
     (
         setter("50", "defaults", "steps"),
@@ -315,7 +315,14 @@ WRONG = [
         setter(1.5, "graphs", "decode", "delegated_macs_share"),
         ": graphs.decode: delegated_macs_share is 1.5: a share lies in 0 to 1",
     ),
-    (setter("one_call", "guidance"), ': guidance is "one_call": it must be "two_calls"'),
+    (
+        setter("one_call", "guidance"),
+        ': guidance is "one_call": it must be "two_calls" or "embedded" or "none"',
+    ),
+    (
+        setter([], "tokenizers"),
+        ": there are 0 tokenizers, and encode takes 1 inputs: there must be one for each",
+    ),
     (setter(0, "image_px", "width"), ": image_px: width is 0: it must be 1 or more"),
     (
         setter("ddpm", "defaults", "noise_scheduler"),
@@ -336,13 +343,16 @@ WRONG = [
     ),
     (
         remover("files", "tokenizer/vocab.json"),
-        ': tokenizer.vocab is "tokenizer/vocab.json", which "files" does not list',
+        ': tokenizers[0].vocab is "tokenizer/vocab.json", which "files" does not list',
     ),
     (
         setter(10**400, "defaults", "guidance_scale"),
         f": defaults.guidance_scale is a whole number ({10**400}): it must be a number",
     ),
-    (setter(2, "tokenizer", "max_length"), ": tokenizer: max_length is 2: it must be 3 or more"),
+    (
+        setter(2, "tokenizers", 0, "max_length"),
+        ": tokenizers[0]: max_length is 2: it must be 3 or more",
+    ),
 ]
 
 

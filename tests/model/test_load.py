@@ -45,7 +45,9 @@ def test_another_kind_of_pipeline_is_refused_by_name(copied):
     with pytest.raises(ModelError) as caught:
         load_pipeline(copied)
     assert str(caught.value) == (
-        f"{copied} holds a FluxPipeline; cq-edge builds from a StableDiffusionPipeline"
+        f"{copied} holds a FluxPipeline; cq-edge builds from StableDiffusionPipeline, "
+        "StableDiffusionXLPipeline, LatentConsistencyModelPipeline, DDPMPipeline, DDIMPipeline, "
+        "LDMPipeline"
     )
 
 

@@ -186,7 +186,7 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
         load_pipeline(tmp_path / "y.safetensors")
 
 
-def test_pickles_are_refused_with_the_reason_and_a_cure_that_works(tmp_path, monkeypatch):
+def test_pickles_are_refused_with_the_reason_and_a_cure_that_works(tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save({"state_dict": {"a": torch.ones(3)}, "global_step": 7}, path)
     with pytest.raises(ModelError) as caught:

@@ -14,8 +14,8 @@ def test_a_seed_stands_for_the_same_noise_everywhere() -> None:
 
 
 def test_a_prompt_becomes_embeddings_and_what_was_cut(bundle: Bundle) -> None:
-    embeddings, cut = encode_prompt(FakeEngine(), bundle.tokenizer(), "star " * 80)
-    assert embeddings.shape == (1, 77, WIDTH)
+    told, cut = encode_prompt(FakeEngine(), bundle.tokenizers(), "star " * 80)
+    assert told["embeddings"].shape == (1, 77, WIDTH)
     assert cut == "star star star star star"
 
 
