@@ -273,7 +273,7 @@ def run(args: argparse.Namespace) -> int:
     scale = args.guidance_scale
     if scale is None:
         scale = _usual_guidance(args, kind, name)
-    _check_fits(args, kind, scale)
+    _check_fits(args, pipeline, kind, scale)
     schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
     also = tuple(_other_steps(text) for text in args.also)
     totals = [
@@ -399,8 +399,17 @@ def _usual_guidance(args: argparse.Namespace, kind: str, noise_scheduler: str) -
     return _DEMO_GUIDANCE if args.model is None else _USUAL_GUIDANCE
 
 
-def _check_fits(args: argparse.Namespace, kind: str, scale: float) -> None:
+def _check_fits(
+    args: argparse.Namespace, pipeline: "DiffusionPipeline", kind: str, scale: float
+) -> None:
     """Refuses what the model has no use for."""
+    from cq_edge.model.split import context_shapes
+
+    if args.layout == "apple" and list(context_shapes(pipeline.unet)) != ["embeddings"]:
+        raise UsageError(
+            "--layout apple is for UNets that are told the prompt's embeddings alone: Stable "
+            "Diffusion 1.x and 2.x"
+        )
     if kind == "none" and scale != 1:
         raise UsageError(f"--guidance-scale is {scale:g}: the model takes no prompt to follow")
     if kind == "none" and args.prompts is not None:

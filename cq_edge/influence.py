@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from cq_edge.noise_scheduler import NoiseScheduler
 
+_SMALL = 2.0**-30
 _SPREAD = 0.5
 """Standard deviation of latents around what a prompt leaves open; scaled latents have 1 in all."""
 
@@ -12,15 +13,16 @@ _SPREAD = 0.5
 def step_influence(noise_scheduler: NoiseScheduler) -> NDArray[np.float64]:
     """Returns (T,) |∂ final latents / ∂ noise prediction of step k|.
 
-    Exact for the noise scheduler alone, whose update is linear in latents and predictions; what
-    the denoiser makes of latents that are a little off is left out.
+    Exact for the noise scheduler alone, whose update is linear in latents and predictions (where
+    nothing is clipped); what the denoiser makes of latents that are a little off is left out.
     """
     total = len(noise_scheduler.timesteps)
-    predictions = np.eye(total)  # a trajectory per column: 1 at its own step, 0 elsewhere
+    # a trajectory per column: an error at its own step, so small that nothing is clipped
+    predictions = _SMALL * np.eye(total)
     latents, history = np.zeros(total), ()
     for step in range(total):
         latents, history = noise_scheduler.advance(latents, predictions[step], step, history)
-    return np.abs(latents)
+    return np.abs(latents) / _SMALL
 
 
 def mended_influence(noise_scheduler: NoiseScheduler) -> NDArray[np.float64]:

@@ -34,7 +34,7 @@ _BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _SPACINGS = ("leading", "linspace", "trailing")
 _ONLY_VALUE = {  # of diffusers' keys that change the arithmetic, the one value we implement
-    "clip_sample": False,
+    "clip_sample_range": 1.0,
     "thresholding": False,
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
@@ -65,6 +65,8 @@ class NoiseScheduleConfig:
         steps_offset: Added to every timestep of "leading" spacing.
         timestep_spacing: "leading", "linspace" or "trailing".
         set_alpha_to_one: Whether DDIM and PNDM end at ᾱ = 1 or at timestep 0's ᾱ.
+        clip_sample: Whether DDIM clips the clean picture that it predicts to -1…1, as models of
+            pixels want; the others do not, in diffusers neither.
     """
 
     num_train_timesteps: int = 1000
@@ -75,6 +77,7 @@ class NoiseScheduleConfig:
     steps_offset: int = 1
     timestep_spacing: str = "leading"
     set_alpha_to_one: bool = False
+    clip_sample: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what no noise scheduler here can follow."""
@@ -115,7 +118,10 @@ class NoiseScheduleConfig:
                     f"the pipeline's scheduler config has no {key}: use one saved by diffusers"
                 )
         known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in config.items() if key in known})
+        found = {key: value for key, value in config.items() if key in known}
+        if config.get("_class_name") == "DDPMScheduler":
+            found["set_alpha_to_one"] = True  # it says nothing of it, and ends there
+        return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields by name, ready for JSON."""
@@ -257,6 +263,25 @@ class _Ddim(_UnscaledInput):
         return keep * latents + add * noise_pred, history
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _ClippedDdim(_UnscaledInput):
+    """DDIM with its clean pictures within -1…1; the noise stays what was predicted."""
+
+    clean: tuple[tuple[float, float], ...]  # factors that turn latents, prediction into x0
+    noise: tuple[tuple[float, float], ...]  # and into noise
+    ends: tuple[tuple[float, float], ...]  # of x0 and noise in the next latents
+
+    def advance(
+        self, latents: Array, noise_pred: Array, step: int, history: tuple[Array, ...]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        x0, noise = (
+            of_latents * latents + of_prediction * noise_pred
+            for of_latents, of_prediction in (self.clean[step], self.noise[step])
+        )
+        signal, spread = self.ends[step]
+        return signal * x0.clip(-1, 1) + spread * noise, history
+
+
 _ADAMS_BASHFORTH = {  # weights of the newest noise prediction, the one before, …
     1: (1.0,),
     2: (3 / 2, -1 / 2),
@@ -355,8 +380,17 @@ def _make_ddim(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
     timesteps = _spaced(steps, config).astype(int)
     jump = config.num_train_timesteps // steps
     moves = tuple(_move(t, t - jump, config) for t in timesteps)
-    sigmas = _sigmas(timesteps, config)
-    return _Ddim("ddim", steps, timesteps.astype(np.float32), sigmas, moves)
+    shared = ("ddim", steps, timesteps.astype(np.float32), _sigmas(timesteps, config))
+    if not config.clip_sample:
+        return _Ddim(*shared, moves)
+    starts = [math.sqrt(float(config.alphas_bar()[t])) for t in timesteps]
+    spreads = [math.sqrt(1 - a**2) for a in starts]
+    ends = [math.sqrt(_alpha_bar(t - jump, config)) for t in timesteps]
+    epsilon = config.prediction_type == "epsilon"
+    clean = [(1 / a, -s / a) if epsilon else (a, -s) for a, s in zip(starts, spreads, strict=True)]
+    noise = [(0.0, 1.0) if epsilon else (s, a) for a, s in zip(starts, spreads, strict=True)]
+    after = tuple((b, math.sqrt(1 - b**2)) for b in ends)
+    return _ClippedDdim(*shared, tuple(clean), tuple(noise), after)
 
 
 def _make_pndm(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
@@ -442,15 +476,21 @@ def _move(start: int, end: int, config: NoiseScheduleConfig) -> tuple[float, flo
 
     Source: DDIM's formula 12 at eta 0, which PNDM's formula 9 equals; `end` < 0 is the end.
     """
-    alphas_bar = config.alphas_bar()
-    last = 1.0 if config.set_alpha_to_one else float(alphas_bar[0])
-    a, b = float(alphas_bar[start]), float(alphas_bar[end]) if end >= 0 else last
+    a, b = _alpha_bar(start, config), _alpha_bar(end, config)
     if config.prediction_type == "epsilon":
         return math.sqrt(b / a), math.sqrt(1 - b) - math.sqrt(b * (1 - a) / a)
     return (
         math.sqrt(a * b) + math.sqrt((1 - a) * (1 - b)),
         math.sqrt(a * (1 - b)) - math.sqrt(b * (1 - a)),
     )
+
+
+def _alpha_bar(timestep: int, config: NoiseScheduleConfig) -> float:
+    """Returns ᾱ at a timestep; one below 0 is the end."""
+    alphas_bar = config.alphas_bar()
+    if timestep >= 0:
+        return float(alphas_bar[timestep])
+    return 1.0 if config.set_alpha_to_one else float(alphas_bar[0])
 
 
 def _sigmas(timesteps: NDArray[Any], config: NoiseScheduleConfig) -> tuple[float, ...]:

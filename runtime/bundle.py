@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from cq_edge.errors import BundleError
+from cq_edge.latency import GRAPHS
 from cq_edge.manifest import Manifest, read_manifest, verify_files
 from cq_edge.reuse_table import ReuseTable
 from runtime.tokenizer import ClipTokenizer
@@ -21,6 +22,11 @@ class Bundle:
     def path(self, relative: str) -> Path:
         """Returns where one of the manifest's files lies."""
         return self.folder / relative
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The names of the bundle's graphs, in the order in which a picture needs them."""
+        return tuple(graph for graph in GRAPHS if graph in self.manifest.graphs)
 
     def graph_files(self) -> tuple[str, ...]:
         """Returns the files of the graphs, those within packages too."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import CacheSchedule
-from cq_edge.latency import GRAPHS, DeviceProfile, GraphFigures
+from cq_edge.latency import DeviceProfile, GraphFigures
 from cq_edge.manifest import TensorSpec
 from cq_edge.noise_scheduler import make_noise_scheduler
 from runtime.bundle import Bundle
@@ -61,7 +61,7 @@ def timed_runs(
     Returns:
         An iterator of the runs as they are done. Stopping early is allowed.
     """
-    inputs = {graph: sample_inputs(bundle, graph) for graph in GRAPHS}
+    inputs = {graph: sample_inputs(bundle, graph) for graph in bundle.graphs}
     for graph in inputs:
         engine.load(graph)
     spent_ms = dict.fromkeys(inputs, 0.0)

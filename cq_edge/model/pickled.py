@@ -36,8 +36,8 @@ def refuse_pickled_component(folder: Path) -> None:
     raise ModelError(
         f"{folder / pickled[0]} is a pickle file, and reading one can run any code that was put "
         "in it: convert the folder to safetensors with "
-        f"python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('{whole}', "
-        f"use_safetensors=False).save_pretrained('{whole}-safetensors')\""
+        f"python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('{whole}')"
+        f".save_pretrained('{whole}-safetensors')\""
     )
 
 

@@ -89,16 +89,16 @@ class TimeEmbedding(nn.Module):
         self.guidance = guidance
         self.text = text
 
-    def forward(self, timestep: Tensor, *context: Tensor) -> Tensor:
+    def forward(self, timestep: Tensor, *told: Tensor) -> Tensor:
         """Returns the (1, E) embedding of a (1,) timestep in 0…999.
 
         Args:
             timestep: (1,).
-            context: All that the graph takes.
+            told: Of the context `pooled` and `guidance_scale`, if it has them.
         """
-        condition = None if self.guidance is None else self.guidance(context[-1] - 1.0)
+        condition = None if self.guidance is None else self.guidance(told[-1] - 1.0)
         embedded: Tensor = self.network(self.sinusoids(timestep), condition)
-        return embedded if self.text is None else embedded + self.text(context[1])
+        return embedded if self.text is None else embedded + self.text(told[0])
 
 
 class SelfAttention(nn.Module):
@@ -121,7 +121,7 @@ class Layer(nn.Module):
         self.resnet = resnet
         self.attention = attention
 
-    def forward(self, hidden: Tensor, time: Tensor, embeddings: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, time: Tensor, embeddings: Tensor | None = None) -> Tensor:
         """Returns (B, C2, H, W) for `hidden` (B, C, H, W), the time and prompt embeddings."""
         return self._attend(self.resnet(hidden, time), embeddings)
 
@@ -210,7 +210,7 @@ class FullUNet(nn.Module):
             timestep: (1,), 0…999.
             context: What the UNet is told; see the top of this file.
         """
-        time, embeddings = self.time(timestep, *context), _embeddings(context)
+        time, embeddings = self.time(timestep, *context[1:]), _embeddings(context)
         hidden = self.conv_in(latents)
         skips = [hidden]
         for stage in cast("Iterable[Stage]", self.down):
@@ -273,7 +273,7 @@ class ShallowUNet(nn.Module):
                 output_bias: (2·C',) its offset, 0 for none.
         """
         *context, cached_feature, gain, bias, output_gain, output_bias = given
-        time, embeddings = self.time(timestep, *context), _embeddings(context)
+        time, embeddings = self.time(timestep, *context[1:]), _embeddings(context)
         skips = self._skips(latents, time, embeddings)
         feature = cached_feature * gain.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
         first, *others = cast("Iterable[Layer]", self.outer)
@@ -293,7 +293,7 @@ class ShallowUNet(nn.Module):
             given: The context, and the feature (B, C, h, w), corrected if it is to be.
         """
         *context, feature = given
-        time = self.time(timestep, *context)
+        time = self.time(timestep, *context[1:])
         skip = self._skips(latents, time, _embeddings(context))[-1]
         resnet = cast("Layer", self.outer[0]).resnet
         return torch.cat(consumed(resnet, torch.cat([feature, skip], dim=1)), dim=1)

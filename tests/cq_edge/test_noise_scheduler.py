@@ -25,9 +25,9 @@ _SEED = 11  # of the noise that LCM adds
 
 def theirs(name, config):
     shared = config.to_dict()
-    alpha_one = shared.pop("set_alpha_to_one")
+    alpha_one, clips = shared.pop("set_alpha_to_one"), shared.pop("clip_sample")
     if name == "ddim":
-        return DDIMScheduler(**shared, set_alpha_to_one=alpha_one, clip_sample=False)
+        return DDIMScheduler(**shared, set_alpha_to_one=alpha_one, clip_sample=clips)
     if name == "pndm":
         return PNDMScheduler(**shared, set_alpha_to_one=alpha_one, skip_prk_steps=True)
     if name == "euler":
@@ -118,6 +118,16 @@ def test_equals_diffusers_on_other_noise_schedules(name, change):
     assert np.abs(found - expected).max() < 1e-4
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_clips_the_clean_picture_as_diffusers_does(prediction_type):
+    config = replace(SD15, prediction_type=prediction_type, clip_sample=True)
+    _, expected = their_trajectory("ddim", 20, config)
+    _, found, _ = our_trajectory("ddim", 20, config)
+    _, unclipped, _ = our_trajectory("ddim", 20, replace(config, clip_sample=False))
+    assert np.abs(found - expected).max() < 1e-4
+    assert np.abs(found - unclipped).max() > 0.1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_diffusers_on_the_cosine_schedule_to_float32_accuracy(name):
     config = replace(SD15, beta_schedule="squaredcos_cap_v2")
@@ -202,7 +212,11 @@ def test_reads_the_config_that_diffusers_writes():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("clip_sample", True, "clip_sample = True, which is not implemented: only False is"),
+        (
+            "clip_sample_range",
+            2.0,
+            "clip_sample_range = 2.0, which is not implemented: only 1.0 is",
+        ),
         ("thresholding", True, "thresholding = True, which is not implemented: only False is"),
         ("trained_betas", [0.1], "trained_betas = [0.1], which is not implemented: only None is"),
         (
@@ -246,7 +260,7 @@ def test_a_config_survives_json():
             {"colour": "red"},
             "a noise schedule has no key colour: its keys are num_train_timesteps, beta_start, "
             "beta_end, beta_schedule, prediction_type, steps_offset, timestep_spacing, "
-            "set_alpha_to_one",
+            "set_alpha_to_one, clip_sample",
         ),
     ],
 )
