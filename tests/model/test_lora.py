@@ -8,7 +8,7 @@ from cq_edge.model.lora import Lora
 from tests.tiny_pipeline import save_tiny_pipeline
 
 _UNET = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-_TEXT = "encoder.layers.0.self_attn.q_proj"
+_TEXT = "encoder.layers.0.self_attn.out_proj"
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,8 @@ def test_a_lora_of_another_model_is_refused(folder, tmp_path):
         {
             f"{misnamed}.lora_A.weight": down,
             f"{misnamed}.lora_B.weight": up,
-            f"unet.{_UNET}.lora_A.weight": down,
-            f"unet.{_UNET}.lora_B.weight": up,
+            f"unet.{_UNET}.lora_A.weight": down.clone(),
+            f"unet.{_UNET}.lora_B.weight": up.clone(),
         },
     ) == (
         f"{path} does not fit this model: 1 of its 2 layers are none of the model's; a LoRA fits "
