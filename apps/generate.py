@@ -217,7 +217,9 @@ def _recipe(bundle: Bundle, args: argparse.Namespace) -> _Recipe:
         return _Recipe(noise_scheduler, undecided, None, scale, args.negative_prompt, choices)
     plan = args.plan
     if plan is None:
-        plan = f"full-steps:{max(1, round(defaults.full_steps * steps / defaults.steps))}"
+        wanted = max(1, round(defaults.full_steps * steps / defaults.steps))
+        few = wanted >= len(noise_scheduler.timesteps)
+        plan = "full" if few else f"full-steps:{wanted}"
     schedule = choose_schedule(plan, len(noise_scheduler.timesteps), reuse_table)
     shallow = any(mode.is_shallow for mode in schedule.modes)
     table = reuse_table() if shallow or (name, steps) in bundle.calibrated() else None

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from diffusers.schedulers import scheduling_lcm
 from PIL import Image
+from safetensors.torch import save_file
 
 from apps.cli import main
 from cq_edge.manifest import read_manifest
@@ -17,6 +18,7 @@ from cq_edge.model.load import load_pipeline
 from runtime.bundle import open_bundle
 from runtime.generate import noises
 from tests import tiny_pipeline
+from tests.model.ldm_checkpoint import ldm_weights
 from tests.model.test_vae import tiny_taesd
 
 _PROMPT, _SEED = "a large red star", 5
@@ -52,6 +54,35 @@ def _assert_same(found, images):
     expected = np.asarray(images[0], float)
     assert expected.std() > 1  # a picture, not a colour
     assert np.abs(found - expected).max() <= 2  # of 255
+
+
+@pytest.mark.slow
+def test_a_single_file_that_predicts_v_with_a_lora(tmp_path):
+    folder = tiny_pipeline.save_tiny_pipeline(tmp_path / "tiny")
+    pipeline = load_pipeline(folder)
+    save_file(ldm_weights(pipeline), tmp_path / "one.safetensors")
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    down, up = torch.randn(2, 32), torch.randn(32, 2)
+    lora = {f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}
+    save_file(lora, tmp_path / "style.safetensors")
+    bundle, _ = _build(
+        tmp_path, tmp_path / "one.safetensors", "--config", folder, "--prediction-type",
+        "v_prediction", "--lora", f"{tmp_path / 'style.safetensors'}:0.5", "--quantization",
+        "none", "--scheduler", "ddim", "--steps", 5,
+    )  # fmt: skip
+    manifest = read_manifest(bundle)
+    assert (manifest.name, manifest.conditions["lora"]) == ("one", "style.safetensors:0.5")
+    assert manifest.noise_schedule.prediction_type == "v_prediction"
+    with torch.no_grad():
+        pipeline.unet.get_submodule(layer).weight += 0.5 * up @ down
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, prediction_type="v_prediction"
+    )
+    start = _noise((4, 8, 8))()
+    drawn = pipeline(
+        _PROMPT, latents=start, num_inference_steps=5, guidance_scale=7.5, output_type="pil"
+    )
+    _assert_same(_picture(bundle, tmp_path, _PROMPT), drawn.images)
 
 
 @pytest.mark.slow
