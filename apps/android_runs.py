@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from statistics import median
@@ -9,7 +10,6 @@ from statistics import median
 import numpy as np
 from tqdm import tqdm
 
-from cq_edge.latency import GRAPHS
 from runtime.adb import find_phone
 from runtime.android import PhoneRunner, phone_conditions, runner_on_phone, thermal_status
 from runtime.bundle import Bundle
@@ -35,24 +35,26 @@ def measure_android(args: argparse.Namespace, bundle: Bundle, measurement: Measu
     )
     with runner_on_phone(phone, args.runner, bundle, args.threads, args.timeout) as runner:
         try:
-            _time(runner, measurement, args.rounds or _ROUNDS)
+            _time(runner, bundle.graphs, measurement, args.rounds or _ROUNDS)
         finally:
             if measurement.is_profile:
                 measurement.noise = measurement.noise_of_runs()
         if args.sustain:
             _sustain(runner, measurement, args.sustain)
         measurement.conditions["thermal_status_after"] = thermal_status(phone)
-        for graph in tqdm([] if args.timing_only else GRAPHS, "memory", unit="graph"):
+        for graph in tqdm([] if args.timing_only else bundle.graphs, "memory", unit="graph"):
             measurement.peak_memory_mib[graph] = runner.peak_memory_mib(graph)
 
 
-def _time(runner: PhoneRunner, measurement: Measurement, rounds: int) -> None:
+def _time(
+    runner: PhoneRunner, graphs: Sequence[str], measurement: Measurement, rounds: int
+) -> None:
     """Calls the runner for graph after graph, round after round; the first runs of a call are
     its warm-up."""
-    loads: dict[str, list[float]] = {graph: [] for graph in GRAPHS}
-    with tqdm(total=rounds * len(GRAPHS), desc="timing", unit="call") as bar:
+    loads: dict[str, list[float]] = {graph: [] for graph in graphs}
+    with tqdm(total=rounds * len(graphs), desc="timing", unit="call") as bar:
         for index in range(rounds):
-            for graph in GRAPHS:
+            for graph in graphs:
                 told = runner.run(graph, _WARM_UP_RUNS + _RUNS)
                 for number, taken_ms in enumerate(told.taken_ms):
                     counts = 0 if number < _WARM_UP_RUNS else index + 1

@@ -7,7 +7,6 @@ from importlib.metadata import version
 
 from tqdm import tqdm
 
-from cq_edge.latency import GRAPHS
 from runtime.bundle import Bundle
 from runtime.coreml_benchmark import (
     benchmarked_runs,
@@ -43,7 +42,7 @@ async def _measure_ios(args: argparse.Namespace, bundle: Bundle, measurement: Me
     )
     graphs = benchmarkers(bundle, device)
     rounds = args.rounds or _ROUNDS
-    with tqdm(total=rounds * len(GRAPHS), desc="timing", unit="call") as bar:
+    with tqdm(total=rounds * len(bundle.graphs), desc="timing", unit="call") as bar:
         async for index, graph, taken in benchmarked_runs(graphs, bundle, rounds):
             measurement.runs.extend(TimedRun(index, graph, each_ms) for each_ms in taken)
             measurement.conditions["rounds"] = index

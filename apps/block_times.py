@@ -7,7 +7,7 @@ fused across a border.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -21,7 +21,7 @@ from runtime.bundle import Bundle
 from runtime.measurement import BlockTime
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from torch import nn
 
     from cq_edge.model.split import FullUNet, Layer
@@ -58,17 +58,23 @@ def measure_blocks(bundle: Bundle, model: str) -> list[BlockTime]:
             return _time(runs)
 
 
-def _check_same(bundle: Bundle, pipeline: "StableDiffusionPipeline", model: str) -> None:
+def _check_same(bundle: Bundle, pipeline: "DiffusionPipeline", model: str) -> None:
+    from cq_edge.model.optimize import latents_shape
+    from cq_edge.model.split import context_shapes
+
     specs = {spec.name: spec.shape for spec in bundle.manifest.graph("denoise").inputs}
-    config = pipeline.unet.config
-    latents = (1, config.in_channels, config.sample_size, config.sample_size)
-    found = (latents, config.cross_attention_dim)
-    expected = (specs["latents"], specs["embeddings"][-1])
+    expected = {name: shape for name, shape in specs.items() if name != "timestep"}
+    length = max((entry.max_length for entry in bundle.manifest.tokenizers), default=0)
+    found = {"latents": (1, *latents_shape(pipeline)), **context_shapes(pipeline.unet, length)}
     if found != expected:
         raise UsageError(
-            f"--blocks {model} has latents {latents} and embeddings of {found[1]}, but the bundle "
-            f"was built of a model with {expected[0]} and {expected[1]}: name that one"
+            f"--blocks {model} takes {_listed(found)}, but the bundle was built of a model that "
+            f"takes {_listed(expected)}: name that one"
         )
+
+
+def _listed(shapes: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
 
 
 def _exported(full: "FullUNet", bundle: Bundle, folder: Path) -> dict[str, Callable[[], object]]:

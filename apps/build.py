@@ -30,6 +30,7 @@ from apps.build_coreml import (
 from apps.build_delegate import DELEGATE_FILE, write_delegate
 from apps.build_operators import write_operators
 from apps.engines import BACKENDS
+from apps.model_options import add_model_arguments, load_model, model_conditions, model_name
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
 from apps.replacing import check_replaceable, written_beside
@@ -48,11 +49,12 @@ from cq_edge.manifest import (
     write_manifest,
 )
 from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
+from cq_edge.planner import FEWEST_TO_REUSE, too_few_to_reuse
 from cq_edge.reuse_table import ReuseTable
 from runtime.peak_memory import peak_memory_mib
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from numpy.typing import NDArray
 
     from cq_edge.model.capture import Calibration
@@ -69,7 +71,10 @@ GRAPHS_FILE = "graphs.pte"
 _FLOORS_DB = {"none": 60.0, "int8": 10.0}
 # where attribute accuracy is best (docs/demo_model.md), and Stable Diffusion's own
 _DEMO_GUIDANCE, _USUAL_GUIDANCE = 3.5, 7.5
+_DISTILLED_GUIDANCE = 8.5  # diffusers' own for latent consistency models
 _UNET_GRAPHS = ("denoise", "denoise_shallow")
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+_USUAL_STEPS = {"lcm": 4}
 
 _DESCRIPTION = """\
 Builds a bundle from a Stable Diffusion pipeline: quantises its UNet, splits it into a full and
@@ -81,6 +86,8 @@ _EXAMPLES = """\
 examples:
   cq-edge build -o demo                              the built-in demo model
   cq-edge build ./stable-diffusion-v1-5 -o sd15      a folder in diffusers layout
+  cq-edge build model.safetensors --lora style.safetensors:0.8 -o styled
+                                                     a single file, with a LoRA in it
   cq-edge build -o demo --steps 20 --scheduler ddim  calibrated for other defaults
   cq-edge build -o float --quantization none         float32, to compare with
   cq-edge build -o demo --backend executorch,coreml  for both toolchains"""
@@ -191,20 +198,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `cq-edge build`."""
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="a diffusers folder or a hub id (default: the "
-        "built-in demo model)")  # fmt: skip
+    add_model_arguments(parser)
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="the bundle's folder")
     add("--force", action="store_true", help="replace a bundle that exists")
-    add("--scheduler", choices=NAMES, default="pndm", help="noise scheduler to calibrate for "
-        "(default: %(default)s)")  # fmt: skip
-    add("--steps", type=int, default=50, metavar="N", help="sampler steps (default: %(default)s)")
+    add("--scheduler", choices=NAMES, help="noise scheduler to calibrate for (default: pndm; lcm "
+        "for models that come with it, ddim for unconditional ones)")  # fmt: skip
+    add("--steps", type=int, metavar="N", help="sampler steps (default: 50; 4 of lcm)")
     add("--also", action="append", default=[], metavar="NAME:N", help="calibrate for this noise "
         "scheduler with N steps too, such as dpmsolver++:20, so that plans can choose it; may be "
         "given more than once")  # fmt: skip
     add("--guidance-scale", type=float, metavar="X", help="(default: "
-        f"{_DEMO_GUIDANCE:g} for the demo model, {_USUAL_GUIDANCE:g} for others)")  # fmt: skip
+        f"{_DEMO_GUIDANCE:g} for the demo model, {_USUAL_GUIDANCE:g} for others; 1 of lcm, "
+        f"{_DISTILLED_GUIDANCE:g} if it was distilled to follow any)")  # fmt: skip
     add("--full-steps", type=int, metavar="N", help="full steps of the bundle's default plan "
-        "(default: a third of the steps)")  # fmt: skip
+        f"(default: a third of the steps; of {FEWEST_TO_REUSE - 1} or fewer, all)")  # fmt: skip
     add("--max-gap", type=int, default=10, metavar="N", help="the furthest that a feature is "
         "reused, in steps (default: %(default)s)")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="prompts to calibrate with, one a line "
@@ -253,29 +260,35 @@ def run(args: argparse.Namespace) -> int:
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     # the torch side takes seconds to import: only once the arguments are known to be good
     with quiet_toolchains():
-        from cq_edge.model.load import load_pipeline
         from cq_edge.model.optimize import OptimizeConfig, calibration_steps, parity_inputs
-        from cq_edge.model.prompts import WORLD_PROMPTS, scene_prompts
+        from cq_edge.model.prompts import WORLD_PROMPTS, guidance_kind, scene_prompts
+        from cq_edge.model.text import tokenizers
         from cq_edge.model.vocabulary import write_vocabulary
 
-        pipeline = load_pipeline(args.model)
+        pipeline = load_model(args)
     if prompts is None:
         prompts = tuple(scene_prompts(8)) if args.model is None else WORLD_PROMPTS
+    kind = guidance_kind(pipeline)
+    name, steps = _sampler(args, pipeline, kind)
     scale = args.guidance_scale
     if scale is None:
-        scale = _DEMO_GUIDANCE if args.model is None else _USUAL_GUIDANCE
+        scale = _usual_guidance(args, kind, name)
+    _check_fits(args, pipeline, kind, scale)
     schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
     also = tuple(_other_steps(text) for text in args.also)
     totals = [
-        len(make_noise_scheduler(name, steps, schedule).timesteps)
-        for name, steps in ((args.scheduler, args.steps), *also)
+        len(make_noise_scheduler(each, count, schedule).timesteps)
+        for each, count in ((name, steps), *also)
     ]
     total = totals[0]
     full_steps = _full_steps(args.full_steps, total, args.max_gap)
+    few = too_few_to_reuse(total)
+    if few is not None:
+        print(f"cq-edge: note: {few}", file=sys.stderr)
     config = OptimizeConfig(
         prompts=prompts,
-        noise_scheduler=args.scheduler,
-        steps=args.steps,
+        noise_scheduler=name,
+        steps=steps,
         guidance_scale=scale,
         max_gap=args.max_gap,
         shallow_layers=args.shallow_layers,
@@ -285,7 +298,7 @@ def run(args: argparse.Namespace) -> int:
     )
     packages = coreml_options(args, config.compression) if "coreml" in args.backend else None
     optimized = _optimize(pipeline, config, args.backend)
-    defaults = Defaults(args.scheduler, args.steps, scale, full_steps)
+    defaults = Defaults(name, steps, scale, full_steps)
     builds: dict[str, _Build] = {}
     with written_beside(args.output) as folder:
         specs = _specs(optimized, pipeline)
@@ -306,15 +319,18 @@ def run(args: argparse.Namespace) -> int:
         tables = [calibration.table for calibration in calibrations]
         for table in tables:
             table.save(folder / _table_file(table))
-        write_vocabulary(pipeline.tokenizer, folder / "tokenizer")
-        name = "cq-edge demo model" if args.model is None else Path(args.model).name
+        for tokenizer, place in zip(tokenizers(pipeline), _TOKENIZERS, strict=False):
+            write_vocabulary(tokenizer, folder / place)
         summaries = {
             backend: build.summary(_float32_bytes(pipeline)) for backend, build in builds.items()
         }
         bits = None if packages is None else 32 / summaries["coreml"]["unet_compression"]
         write_operators(folder, folder / GRAPHS_FILE, optimized, specs, bits)
         conditions = _conditions(args.quantization, summaries, packages)
-        manifest = _manifest(name, optimized, pipeline, builds, defaults, tables, conditions)
+        conditions |= model_conditions(args)
+        manifest = _manifest(
+            model_name(args), optimized, pipeline, builds, defaults, tables, conditions
+        )
         write_manifest(folder, manifest)
     _report(args, _summary(args.output, summaries, perf_counter() - start), builds)
     return 0
@@ -344,7 +360,9 @@ def _other_steps(text: str) -> tuple[str, int]:
 def _full_steps(asked: int | None, total: int, max_gap: int) -> int:
     """Returns how many steps the default plan runs in full; refuses what no plan can have."""
     fewest = -(-total // (max_gap + 1))
-    chosen = max(fewest, round(total / 3)) if asked is None else asked
+    chosen = asked
+    if chosen is None:
+        chosen = total if total < FEWEST_TO_REUSE else max(fewest, round(total / 3))
     if not fewest <= chosen <= total:
         raise UsageError(
             f"--full-steps is {chosen}: {total} steps with --max-gap {max_gap} take "
@@ -353,9 +371,7 @@ def _full_steps(asked: int | None, total: int, max_gap: int) -> int:
     return chosen
 
 
-def _asked_compression(
-    args: argparse.Namespace, pipeline: "StableDiffusionPipeline"
-) -> float | None:
+def _asked_compression(args: argparse.Namespace, pipeline: "DiffusionPipeline") -> float | None:
     """Returns how many times smaller than float32 the UNet's weights are to be."""
     if args.target_bytes is None:
         asked: float | None = args.compression
@@ -365,18 +381,56 @@ def _asked_compression(
     return _float32_bytes(pipeline) / float(args.target_bytes)
 
 
-def _latent_shape(pipeline: "StableDiffusionPipeline") -> LatentShape:
-    config = pipeline.unet.config
-    return LatentShape(config.in_channels, config.sample_size, config.sample_size)
+def _sampler(args: argparse.Namespace, pipeline: "DiffusionPipeline", kind: str) -> tuple[str, int]:
+    """Returns the noise scheduler and the sampler steps that are asked for, or usual."""
+    usual = "ddim" if kind == "none" else "pndm"
+    if type(pipeline.scheduler).__name__ == "LCMScheduler":
+        usual = "lcm"
+    name = usual if args.scheduler is None else args.scheduler
+    steps = _USUAL_STEPS.get(name, 50) if args.steps is None else args.steps
+    return name, steps
 
 
-def _image_size(pipeline: "StableDiffusionPipeline") -> ImageSize:
-    latents, scale = _latent_shape(pipeline), pipeline.vae_scale_factor
+def _usual_guidance(args: argparse.Namespace, kind: str, noise_scheduler: str) -> float:
+    if kind == "embedded":
+        return _DISTILLED_GUIDANCE
+    if kind == "none" or noise_scheduler == "lcm":
+        return 1.0
+    return _DEMO_GUIDANCE if args.model is None else _USUAL_GUIDANCE
+
+
+def _check_fits(
+    args: argparse.Namespace, pipeline: "DiffusionPipeline", kind: str, scale: float
+) -> None:
+    """Refuses what the model has no use for."""
+    from cq_edge.model.split import context_shapes
+
+    if args.layout == "apple" and list(context_shapes(pipeline.unet)) != ["embeddings"]:
+        raise UsageError(
+            "--layout apple is for UNets that are told the prompt's embeddings alone: Stable "
+            "Diffusion 1.x and 2.x"
+        )
+    if kind == "none" and scale != 1:
+        raise UsageError(f"--guidance-scale is {scale:g}: the model takes no prompt to follow")
+    if kind == "none" and args.prompts is not None:
+        raise UsageError(f"--prompts {args.prompts}: the model takes no prompts")
+
+
+def _latent_shape(pipeline: "DiffusionPipeline") -> LatentShape:
+    from cq_edge.model.optimize import latents_shape
+
+    return LatentShape(*latents_shape(pipeline))
+
+
+def _image_size(pipeline: "DiffusionPipeline") -> ImageSize:
+    from cq_edge.model.optimize import pixels_per_cell
+
+    latents, scale = _latent_shape(pipeline), pixels_per_cell(pipeline)
     return ImageSize(latents.height * scale, latents.width * scale)
 
 
 def _optimize(
-    pipeline: "StableDiffusionPipeline", config: "OptimizeConfig", backends: Sequence[str]
+    pipeline: "DiffusionPipeline", config: "OptimizeConfig", backends: Sequence[str]
 ) -> "Optimized":
     from cq_edge.model.optimize import float_graphs, optimize
 
@@ -388,17 +442,24 @@ def _optimize(
         return optimize(pipeline, config, progress.update)
 
 
-def _specs(optimized: "Optimized", pipeline: "StableDiffusionPipeline") -> "dict[str, GraphSpec]":
+def _specs(optimized: "Optimized", pipeline: "DiffusionPipeline") -> "dict[str, GraphSpec]":
+    from cq_edge.model.split import context_shapes
+    from cq_edge.model.text import tokenizers
     from exporters.graph_spec import graph_specs
 
     latents, image = _latent_shape(pipeline), _image_size(pipeline)
+    context = context_shapes(pipeline.unet)
+    embeddings, pooled = (context.get(name, (None,))[-1] for name in ("embeddings", "pooled"))
+    lengths = {tokenizer.model_max_length for tokenizer in tokenizers(pipeline)} or {77}
     return graph_specs(
         (latents.channels, latents.height, latents.width),
         (image.height, image.width),
-        embedding_width=pipeline.unet.config.cross_attention_dim,
+        embedding_width=embeddings,
         feature_channels=optimized.feature_channels,
         consumed_channels=optimized.consumed_channels,
-        token_count=pipeline.tokenizer.model_max_length,
+        token_count=max(lengths),
+        pooled_width=pooled,
+        takes_guidance="guidance_scale" in context,
     )
 
 
@@ -424,7 +485,7 @@ def _export(
 
 
 def _calibrate(
-    pipeline: "StableDiffusionPipeline",
+    pipeline: "DiffusionPipeline",
     config: "OptimizeConfig",
     optimized: "Optimized",
     specs: "Mapping[str, GraphSpec]",
@@ -483,7 +544,7 @@ def _check(
 
 
 def _coreml(
-    pipeline: "StableDiffusionPipeline",
+    pipeline: "DiffusionPipeline",
     optimized: "Optimized",
     specs: "Mapping[str, GraphSpec]",
     inputs: "Mapping[str, list[dict[str, NDArray[Any]]]]",
@@ -491,10 +552,12 @@ def _coreml(
     folder: Path,
 ) -> CoreMLBuild:
     """Writes the Core ML packages, checks them, and returns what came of each graph."""
-    from cq_edge.model.graphs import EncodeGraph
+    from cq_edge.model.text import text_graph
     from cq_edge.model.vocabulary import write_vocabulary
 
-    modules = {**optimized.reference, "encode": EncodeGraph(pipeline.text_encoder)}
+    modules, text = dict(optimized.reference), text_graph(pipeline)
+    if text is not None:
+        modules["encode"] = text
     references = {name: module.eval() for name, module in modules.items()}
     modules = {**references, **stored_unet(references, inputs, options)}
     compress = weight_compressor(optimized.reference["denoise"], inputs["denoise"], options)
@@ -542,13 +605,15 @@ def _table_file(table: ReuseTable) -> str:
 def _manifest(
     name: str,
     optimized: "Optimized",
-    pipeline: "StableDiffusionPipeline",
+    pipeline: "DiffusionPipeline",
     builds: Mapping[str, _Build],
     defaults: Defaults,
     tables: Sequence[ReuseTable],
     conditions: Mapping[str, str | int | float],
 ) -> Manifest:
-    tokenizer = pipeline.tokenizer
+    from cq_edge.model.prompts import guidance_kind, zeros_for_empty_prompt
+    from cq_edge.model.text import tokenizers
+
     entries = {backend: build.entries() for backend, build in builds.items()}
     first, *others = entries
     return Manifest(
@@ -560,13 +625,18 @@ def _manifest(
         alternatives={BACKENDS[backend]: entries[backend] for backend in others},
         noise_schedule=optimized.noise_schedule,
         defaults=defaults,
-        tokenizer=TokenizerEntry(
-            "tokenizer/vocab.json",
-            "tokenizer/merges.txt",
-            tokenizer.model_max_length,
-            tokenizer.bos_token,
-            tokenizer.eos_token,
-            tokenizer.pad_token,
+        guidance=guidance_kind(pipeline),
+        empty_negative_prompt="zeros" if zeros_for_empty_prompt(pipeline) else "encoded",
+        tokenizers=tuple(
+            TokenizerEntry(
+                f"{place}/vocab.json",
+                f"{place}/merges.txt",
+                tokenizer.model_max_length,
+                tokenizer.bos_token,
+                tokenizer.eos_token,
+                tokenizer.pad_token,
+            )
+            for tokenizer, place in zip(tokenizers(pipeline), _TOKENIZERS, strict=False)
         ),
         reuse_tables=tuple(
             ReuseTableEntry(_table_file(table), table.noise_scheduler, table.steps)
@@ -576,7 +646,7 @@ def _manifest(
     )
 
 
-def _float32_bytes(pipeline: "StableDiffusionPipeline") -> int:
+def _float32_bytes(pipeline: "DiffusionPipeline") -> int:
     parameters: int = sum(p.numel() for p in pipeline.unet.parameters())
     return 4 * parameters
 

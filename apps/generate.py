@@ -26,9 +26,15 @@ from cq_edge.noise_scheduler import NAMES, NoiseScheduler, make_noise_scheduler
 from cq_edge.planner import best_within_ms, plan_frontier
 from cq_edge.reuse_table import ReuseTable
 from runtime.bundle import Bundle, open_bundle
-from runtime.denoise import Guidance, StepRecord, denoise
+from runtime.denoise import Context, Guidance, StepRecord, denoise
 from runtime.engine import Engine
-from runtime.generate import decode_latents, encode_prompt, initial_latents
+from runtime.generate import (
+    decode_latents,
+    encode_prompt,
+    guided_by,
+    needs_negative,
+    noises,
+)
 from runtime.measure import measure_graphs
 from runtime.tokenizer import without_surrogates
 
@@ -78,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     add = parser.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="a folder that `cq-edge build` made")
-    add("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; none of a model that takes no "
+        "prompts")  # fmt: skip
     add("--negative-prompt", default="", metavar="TEXT", help="what to draw away from")
     add("--steps", type=int, metavar="N", help="sampler steps (default: the bundle's)")
     add(
@@ -127,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
     """
     start = perf_counter()
     bundle = _opened(args.bundle, args.engine)
+    _check_prompts(args, bundle)
     profile = _profile(args, bundle)
     recipe = _recipe(bundle, args)
     jobs = _jobs(args)
@@ -154,6 +162,22 @@ def _opened(folder: Path, engine: str | None) -> Bundle:
             "slower than any device"
         )
     return bundle
+
+
+def _check_prompts(args: argparse.Namespace, bundle: Bundle) -> None:
+    """Refuses prompts where none are taken, and none where they are; leaves one that is empty."""
+    manifest = bundle.manifest
+    if manifest.guidance == "none":
+        if args.prompts or args.negative_prompt:
+            raise UsageError(f"{args.bundle} takes no prompts: its model draws what it will")
+        args.prompts = [""]
+    if not args.prompts:
+        raise UsageError("PROMPT is missing: say what to draw")
+    if manifest.guidance == "embedded" and args.negative_prompt:
+        raise UsageError(
+            f"--negative-prompt: {args.bundle} runs its model once a step, guided by the scale "
+            "alone; say in the prompt what to draw instead"
+        )
 
 
 def _profile(args: argparse.Namespace, bundle: Bundle) -> DeviceProfile | None:
@@ -193,7 +217,9 @@ def _recipe(bundle: Bundle, args: argparse.Namespace) -> _Recipe:
         return _Recipe(noise_scheduler, undecided, None, scale, args.negative_prompt, choices)
     plan = args.plan
     if plan is None:
-        plan = f"full-steps:{max(1, round(defaults.full_steps * steps / defaults.steps))}"
+        wanted = max(1, round(defaults.full_steps * steps / defaults.steps))
+        few = wanted >= len(noise_scheduler.timesteps)
+        plan = "full" if few else f"full-steps:{wanted}"
     schedule = choose_schedule(plan, len(noise_scheduler.timesteps), reuse_table)
     shallow = any(mode.is_shallow for mode in schedule.modes)
     table = reuse_table() if shallow or (name, steps) in bundle.calibrated() else None
@@ -213,7 +239,7 @@ def _within_budget(
     how long the graphs take here: from a profile, or measured now."""
     if profile is None:
         profile = measure_graphs(engine, bundle, at_most_s=_MEASURE_S)
-    branches = 1 if recipe.guidance_scale == 1 else 2
+    branches = bundle.manifest.branches(recipe.guidance_scale)
     frontier = plan_frontier(recipe.choices, profile, branches)
     spent_ms = (perf_counter() - start) * 1e3
     try:
@@ -252,19 +278,21 @@ def _encode(
     engine: Engine, bundle: Bundle, recipe: _Recipe, prompts: list[str]
 ) -> dict[str, Guidance]:
     """Returns each prompt's guidance, and warns of what did not fit."""
-    tokenizer = bundle.tokenizer()
+    manifest, tokenizers = bundle.manifest, bundle.tokenizers()
+    scale, negative = recipe.guidance_scale, None
+    if not tokenizers:
+        return dict.fromkeys(prompts, guided_by(manifest, {}, None, scale))
 
-    def embeddings(text: str, name: str) -> NDArray[np.float32]:
-        found, cut = encode_prompt(engine, tokenizer, text)
+    def told(text: str, name: str) -> Context:
+        found, cut = encode_prompt(engine, tokenizers, text)
         if cut:
-            length = bundle.manifest.tokenizer.max_length
+            length = manifest.tokenizers[0].max_length
             _warn(f"the {name} is longer than {length} tokens; this was cut: {_quote(cut)}")
         return found
 
-    scale, negative = recipe.guidance_scale, None
-    if scale != 1:
-        negative = embeddings(recipe.negative_prompt, "negative prompt")
-    guidance = {p: Guidance(embeddings(p, "prompt"), negative, scale) for p in prompts}
+    if needs_negative(manifest, recipe.negative_prompt, scale):
+        negative = told(recipe.negative_prompt, "negative prompt")
+    guidance = {p: guided_by(manifest, told(p, "prompt"), negative, scale) for p in prompts}
     engine.unload("encode")
     return guidance
 
@@ -294,9 +322,10 @@ def _loop(
     size = bundle.manifest.latents
     noise_scheduler = recipe.noise_scheduler
     shape = (size.channels, size.height, size.width)
-    latents = initial_latents(shape, seed, noise_scheduler.init_noise_sigma)
+    noise = noises(shape, seed)
+    latents = next(noise) * np.float32(noise_scheduler.init_noise_sigma)
     schedule, table = recipe.cache_schedule, recipe.reuse_table
-    return denoise(engine, noise_scheduler, schedule, latents, guidance, table)
+    return denoise(engine, noise_scheduler, schedule, latents, guidance, table, noise)
 
 
 def _draw(

@@ -6,7 +6,6 @@ from statistics import median
 
 from tqdm import tqdm
 
-from cq_edge.latency import GRAPHS
 from runtime.bundle import Bundle
 from runtime.conditions import cores, thermal_conditions
 from runtime.engine import Engine
@@ -38,7 +37,7 @@ def measure_here(
     measurement.conditions.update(thermal_conditions("after"))
     if args.timing_only:
         return
-    for graph in GRAPHS:  # a file that is mapped cannot be dropped from the cache
+    for graph in bundle.graphs:  # a file that is mapped cannot be dropped from the cache
         engine.unload(graph)
     _load(args, bundle, measurement, make_engine)
 
@@ -74,7 +73,7 @@ def _load(
     args: argparse.Namespace, bundle: Bundle, measurement: Measurement, make_engine: MakeEngine
 ) -> None:
     """Loads every graph in fresh processes: once with its file on the disk, then in the cache."""
-    for graph in tqdm(GRAPHS, "loading", unit="graph"):
+    for graph in tqdm(bundle.graphs, "loading", unit="graph"):
 
         def fresh(*, cold: bool, graph: str = graph) -> Fresh:
             return load_and_run(make_engine, bundle, args.threads, graph, cold=cold)

@@ -4,7 +4,7 @@ import html
 from collections.abc import Callable, Mapping
 
 from apps.evaluate_report import STYLE, figure_png, image
-from cq_edge.latency import GRAPHS, DeviceProfile, GraphFigures
+from cq_edge.latency import DeviceProfile, GraphFigures
 from runtime.measure import counted_ms
 from runtime.measurement import Measurement
 
@@ -42,8 +42,7 @@ def print_table(title: str, measurement: Measurement, profile: DeviceProfile) ->
     table = Table(title=f"{title}, ms", title_justify="left")
     for name in ("graph", *_COLUMNS):
         table.add_column(name, justify="left" if name == "graph" else "right", no_wrap=True)
-    for graph in GRAPHS:
-        row = profile.figures[graph]
+    for graph, row in profile.figures.items():
         table.add_row(graph, *(cell(row) for cell in _COLUMNS.values()))
     console.print(table)
     if measurement.blocks:
@@ -106,8 +105,8 @@ def html_report(title: str, measurement: Measurement, profile: DeviceProfile) ->
 
 def _table(profile: DeviceProfile) -> str:
     lines = ["<table><tr>" + "".join(f"<th>{name}</th>" for name in ("graph", *_COLUMNS)) + "</tr>"]
-    for graph in GRAPHS:
-        cells = [graph, *(cell(profile.figures[graph]) for cell in _COLUMNS.values())]
+    for graph, row in profile.figures.items():
+        cells = [graph, *(cell(row) for cell in _COLUMNS.values())]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return "\n".join([*lines, "</table>"])
 

@@ -16,6 +16,7 @@ from cq_edge.planner import (
     best_within_ms,
     plan_frontier,
     plan_with_full_steps,
+    too_few_to_reuse,
 )
 from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 from runtime.bundle import Bundle, open_bundle
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = open_bundle(args.bundle)
     tables = bundle.reuse_tables(args.scheduler, args.steps)
     profile = _predicted(args, bundle) if args.device else _profile(args, bundle)
-    branches = 1 if tables[0].guidance_scale == 1 else 2
+    branches = bundle.manifest.branches(tables[0].guidance_scale)
     frontier = plan_frontier(tables, profile, branches, args.objective)
     plan = _choose(args, tables[0], frontier, profile, branches)
     if args.json:
@@ -168,6 +169,9 @@ def _print(plan: Plan, frontier: Sequence[Plan], profile: DeviceProfile) -> None
         f"\n--scheduler {plan.table.noise_scheduler} --steps {plan.table.steps} "
         f"--plan {plan.schedule.to_string()}"
     )
+    few = too_few_to_reuse(len(plan.schedule))
+    if few is not None:
+        print(f"\nnote: {few}")
 
 
 def _shown(plan: Plan, frontier: Sequence[Plan]) -> list[Plan]:

@@ -62,10 +62,11 @@ def main() -> None:
 
 def _loop(engine: Engine, bundle: Bundle, noise_scheduler: NoiseScheduler) -> Loop:
     """Returns the loop of the bundle's full graph."""
+    names = [spec.name for spec in bundle.manifest.graph("denoise").inputs]
 
-    def full(latents: Tensor, timestep: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        inputs = {"latents": latents, "timestep": timestep, "embeddings": embeddings}
-        outputs = engine.run("denoise", {name: x.numpy() for name, x in inputs.items()})
+    def full(*given: Tensor) -> tuple[Tensor, Tensor]:
+        arrays = (x.numpy() for x in given)
+        outputs = engine.run("denoise", dict(zip(names, arrays, strict=True)))
         noise_pred, feature = (torch.from_numpy(x) for x in outputs.values())
         return noise_pred, feature
 
@@ -80,7 +81,7 @@ def _predictions(
 ) -> NDArray[np.float64]:
     """Returns (T, 4, h, w): the guided noise prediction of every step."""
     negative, prompt = (
-        torch.from_numpy(encode_prompt(engine, bundle.tokenizer(), text)[0])
+        tuple(map(torch.from_numpy, encode_prompt(engine, bundle.tokenizers(), text)[0].values()))
         for text in ("", caption)
     )
     visits = loop.run(number, (negative, prompt))

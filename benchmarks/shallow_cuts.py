@@ -142,7 +142,7 @@ def _errors(cut: _Cut, prompts: int) -> dict[int, float]:
     shape = (unet.in_channels, unet.sample_size, unet.sample_size)
     loop = Loop(cut.full, make_noise_scheduler("pndm", _STEPS, config), shape, _GUIDANCE)
     squares: dict[int, list[float]] = {gap: [] for gap in _GAPS}
-    embedded = embed_prompts(pipeline, scene_prompts(prompts))
+    embedded = embed_prompts(pipeline, scene_prompts(prompts), _GUIDANCE)
     for number, prompt in enumerate(tqdm(embedded, desc=cut.name, unit="prompt")):
         anchors: list[list[tuple[Tensor, Tensor]]] = []
         for visit in loop.run(number, prompt):
@@ -150,7 +150,7 @@ def _errors(cut: _Cut, prompts: int) -> dict[int, float]:
             for gap in (g for g in _GAPS if g <= visit.step):
                 reused = loop.guided(
                     [
-                        cut.shallow(*cut.inputs(visit.seen, visit.timestep, context, *tensors))
+                        cut.shallow(*cut.inputs(visit.seen, visit.timestep, *context, *tensors))
                         for context, tensors in zip(prompt, anchors[-1 - gap], strict=True)
                     ]
                 )

@@ -1,5 +1,7 @@
 """How much an error in one step's noise prediction moves the final latents."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +11,7 @@ _NOISE_SPREAD, _REUSE_SPREAD = 0.05, 1.0
 """Standard deviation of the data in the directions that an error takes, of latents that have 1 in
 all: fresh noise lies across what pictures look like, errors of reuse along it."""
 _NEIGHBOURS = (0.25, 0.5, 0.25)
+_SMALL = 2.0**-30
 
 
 def step_influence(
@@ -17,21 +20,32 @@ def step_influence(
     """Returns (T,) ∂ final latents / ∂ noise prediction of step k, of either sign.
 
     Args:
-        noise_scheduler: Of T steps; its update is linear in latents and predictions.
+        noise_scheduler: Of T steps; its update is linear in latents and predictions, where nothing
+            is clipped.
         spread: Standard deviation s of Gaussian data, above 0. Their denoiser answers latents
-            that are off by d, at noise level sigma and unit signal, with a prediction that is off
-            by d·sigma / (s² + sigma²), and so mends part of it; None leaves that out.
+            that are off by d, at noise level sigma and unit signal, with noise that is off by
+            d·sigma / (s² + sigma²), and so mends part of it; None leaves that out.
     """
     total = len(noise_scheduler.timesteps)
-    predictions = np.eye(total)  # a trajectory per column: 1 at its own step, 0 elsewhere
+    # a trajectory per column: an error at its own step, so small that nothing is clipped
+    predictions = _SMALL * np.eye(total)
     latents, history = np.zeros(total), ()
-    for step, sigma in enumerate(noise_scheduler.sigmas):
+    for step in range(total):
         prediction = predictions[step]
         if spread is not None:
-            off = noise_scheduler.model_input(latents, step) * np.hypot(1, sigma)
-            prediction = prediction + off * sigma / (spread**2 + sigma**2)
+            off = noise_scheduler.model_input(latents, step)
+            prediction = prediction + off * _response(noise_scheduler, step, spread)
         latents, history = noise_scheduler.advance(latents, prediction, step, history)
-    return latents
+    return latents / _SMALL
+
+
+def _response(noise_scheduler: NoiseScheduler, step: int, spread: float) -> float:
+    """Returns how far a denoiser of Gaussian data moves its prediction with its input."""
+    sigma = noise_scheduler.sigmas[step]
+    noise = sigma / (spread**2 + sigma**2)
+    if noise_scheduler.prediction_type == "epsilon":
+        return noise * math.hypot(1, sigma)
+    return noise * (1 - spread**2)  # v is noise less sigma times the clean latents, both scaled
 
 
 def noise_influence(noise_scheduler: NoiseScheduler) -> NDArray[np.float64]:

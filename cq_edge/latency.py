@@ -14,6 +14,8 @@ from cq_edge.errors import OutputExistsError, UsageError
 QUIET = "quiet"
 """The condition "noise" of a profile whose machine did nothing else."""
 GRAPHS = ("encode", "denoise", "denoise_shallow", "decode")
+NEEDED_GRAPHS = GRAPHS[1:]
+"""Those that every bundle has; nothing is encoded where pictures are not prompted."""
 _LOADS = ("cold", "warm")
 _QUANTILES = ("p10_ms", "p50_ms", "p90_ms", "p99_ms")
 
@@ -97,10 +99,11 @@ class DeviceProfile:
     def __post_init__(self) -> None:
         """Refuses a profile that lacks a graph, or holds a number that cannot be measured."""
         _check_known("graphs.", self.graphs_ms, GRAPHS)
-        for graph in GRAPHS:
+        for graph in NEEDED_GRAPHS:
             if graph not in self.graphs_ms:
                 raise UsageError(f"graphs.{graph} is missing: measure {', '.join(GRAPHS)}")
-            _check_number(f"graphs.{graph}.p50_ms", self.graphs_ms[graph])
+        for graph, taken_ms in self.graphs_ms.items():
+            _check_number(f"graphs.{graph}.p50_ms", taken_ms)
         _check_number("step_ms", self.step_ms, zero=True)
         for graph, row in self.figures.items():
             row.check(f"graphs.{graph}")
@@ -139,7 +142,7 @@ class DeviceProfile:
 
     def picture_ms(self, schedule: CacheSchedule, branches: int) -> float:
         """Returns what a picture takes: prompts, denoising loop, decoding."""
-        around = branches * self.graphs_ms["encode"] + self.graphs_ms["decode"]
+        around = branches * self.graphs_ms.get("encode", 0.0) + self.graphs_ms["decode"]
         return around + self.loop_ms(schedule, branches)
 
     def require_graphs(self, engine: str, graphs_sha256: str) -> None:

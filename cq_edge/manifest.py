@@ -22,6 +22,8 @@ MANIFEST_FILE = "manifest.json"
 EXACT_PARITY_DB = 200.0
 """Stands for a graph that equals its float module bit for bit: JSON has no infinity."""
 
+GUIDANCES = ("two_calls", "embedded", "none")
+_EMPTY_PROMPTS = ("encoded", "zeros")
 _DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8")
 _HASH_CHUNK_BYTES = 1 << 20
 _LARGEST_FLOAT = 2**1023
@@ -195,11 +197,14 @@ class Manifest:
         cq_edge_version: Of the program that built it.
         latents: Shape that the `denoise` graphs work on.
         image_px: Size that the `decode` graph gives.
-        guidance: "two_calls": batch 1, the unguided call first, then the guided one.
-        graphs: By name: encode, denoise, denoise_shallow, decode.
+        guidance: "two_calls": batch 1, the unguided call first, then the guided one; "embedded":
+            one call, which is told the scale (`guidance_scale`); "none": one call.
+        empty_negative_prompt: Of two calls, what the first is told where there is no negative
+            prompt: the empty prompt, "encoded", or "zeros" in place of it.
+        graphs: By name: encode (where there are prompts), denoise, denoise_shallow, decode.
         noise_schedule: The noise schedule that the model was trained with.
         defaults: What `generate` does unless told otherwise.
-        tokenizer: The vocabulary's files.
+        tokenizers: The vocabularies' files, one for each input of the encode graph.
         reuse_tables: One for each calibrated (noise scheduler, steps).
         alternatives: The same graphs, with the same inputs and outputs, for other backends, by
             backend.
@@ -213,10 +218,11 @@ class Manifest:
     latents: LatentShape
     image_px: ImageSize
     guidance: str = "two_calls"
+    empty_negative_prompt: str = "encoded"
     graphs: Mapping[str, GraphEntry]
     noise_schedule: NoiseScheduleConfig
     defaults: Defaults
-    tokenizer: TokenizerEntry
+    tokenizers: tuple[TokenizerEntry, ...]
     reuse_tables: tuple[ReuseTableEntry, ...] = ()
     alternatives: Mapping[str, Mapping[str, GraphEntry]] = field(default_factory=dict)
     conditions: Mapping[str, str | int | float] = field(default_factory=dict)
@@ -224,8 +230,14 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Refuses guidance that this version cannot run and paths that leave the folder."""
-        if self.guidance != "two_calls":
-            raise BundleError(f'guidance is "{self.guidance}": it must be "two_calls"')
+        _require_one_of("guidance", self.guidance, GUIDANCES)
+        _require_one_of("empty_negative_prompt", self.empty_negative_prompt, _EMPTY_PROMPTS)
+        ids = self.graphs["encode"].inputs if "encode" in self.graphs else ()
+        if len(ids) != len(self.tokenizers):
+            raise BundleError(
+                f"there are {len(self.tokenizers)} tokenizers, and encode takes {len(ids)} inputs: "
+                "there must be one for each"
+            )
         for path in self.files:
             _require_inside(path, f'files["{path}"]')
         for where, path in self.references().items():
@@ -241,8 +253,9 @@ class Manifest:
             for backend, graphs in self.alternatives.items()
             for name, graph in graphs.items()
         }
-        paths["tokenizer.vocab"] = self.tokenizer.vocab
-        paths["tokenizer.merges"] = self.tokenizer.merges
+        for i, tokenizer in enumerate(self.tokenizers):
+            paths[f"tokenizers[{i}].vocab"] = tokenizer.vocab
+            paths[f"tokenizers[{i}].merges"] = tokenizer.merges
         paths |= {f"reuse_tables[{i}].file": t.file for i, t in enumerate(self.reuse_tables)}
         return paths
 
@@ -256,6 +269,10 @@ class Manifest:
             there_are = ", ".join(self.graphs) or "none"
             raise BundleError(f"the bundle has no graph {name}: it has {there_are}")
         return self.graphs[name]
+
+    def branches(self, guidance_scale: float) -> int:
+        """Returns how often a guided step runs its graph: twice only where that guides."""
+        return 1 if self.guidance != "two_calls" or guidance_scale == 1 else 2
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -452,6 +469,12 @@ def _require_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise BundleError(f"{name} is {value}: it must be 1 or more")
+
+
+def _require_one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        listed = " or ".join(json.dumps(each) for each in allowed)
+        raise BundleError(f"{key} is {json.dumps(value)}: it must be {listed}")
 
 
 def _require_noise_scheduler(name: str) -> None:

@@ -1,13 +1,14 @@
-"""DDIM, PNDM, Euler and DPM-Solver++ 2M: timesteps, and a step that is one line of arithmetic.
+"""DDIM, PNDM, Euler, DPM-Solver++ 2M, LCM: timesteps, and a step that is one line of arithmetic.
 
 Coefficients are float64 Python numbers worked out once; a step multiplies and adds arrays, so it
-runs on NumPy and on torch and keeps the arrays' dtype. Deterministic samplers only (eta 0).
+runs on NumPy and on torch and keeps the arrays' dtype. All are deterministic (eta 0) but LCM,
+which wants fresh noise after each step; the loop adds it, so that a step is arithmetic there too.
 
 Source: diffusers' DDIMScheduler (arXiv 2010.02502), PNDMScheduler with skip_prk_steps
-(arXiv 2202.09778), EulerDiscreteScheduler (arXiv 2206.00364) and DPMSolverMultistepScheduler
-(arXiv 2211.01095), each equal over whole trajectories. We differ in that step counts whose
-timesteps repeat or leave the trained range are refused, where diffusers clamps, divides by zero
-or raises IndexError, and in that coefficients are float64.
+(arXiv 2202.09778), EulerDiscreteScheduler (arXiv 2206.00364), DPMSolverMultistepScheduler
+(arXiv 2211.01095) and LCMScheduler (arXiv 2310.04378), each equal over whole trajectories. We
+differ in that step counts whose timesteps repeat or leave the trained range are refused, where
+diffusers clamps, divides by zero or raises IndexError, and in that coefficients are float64.
 
 Notation: alpha_bar is the papers' cumulative product ᾱ, sigma is sqrt((1 - ᾱ) / ᾱ).
 """
@@ -25,13 +26,15 @@ from cq_edge.errors import ScheduleError
 Array: TypeAlias = Any
 """NumPy array or torch tensor of floats, any shape."""
 
-NAMES = ("ddim", "pndm", "euler", "dpmsolver++")
+NAMES = ("ddim", "pndm", "euler", "dpmsolver++", "lcm")
+_LCM_STEPS = 50  # that latent consistency models are distilled on; theirs are some of them
+_LCM_DATA_SIGMA, _LCM_TIMESTEP_SCALING = 0.5, 10.0
 
 _BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
-_PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 _SPACINGS = ("leading", "linspace", "trailing")
 _ONLY_VALUE = {  # of diffusers' keys that change the arithmetic, the one value we implement
-    "clip_sample": False,
+    "clip_sample_range": 1.0,
     "thresholding": False,
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
@@ -43,6 +46,8 @@ _ONLY_VALUE = {  # of diffusers' keys that change the arithmetic, the one value 
     "final_sigmas_type": "zero",
     "interpolation_type": "linear",
     "timestep_type": "discrete",
+    "original_inference_steps": _LCM_STEPS,
+    "timestep_scaling": _LCM_TIMESTEP_SCALING,
 }
 
 
@@ -60,6 +65,8 @@ class NoiseScheduleConfig:
         steps_offset: Added to every timestep of "leading" spacing.
         timestep_spacing: "leading", "linspace" or "trailing".
         set_alpha_to_one: Whether DDIM and PNDM end at ᾱ = 1 or at timestep 0's ᾱ.
+        clip_sample: Whether DDIM clips the clean picture that it predicts to -1…1, as models of
+            pixels want; the others do not, in diffusers neither.
     """
 
     num_train_timesteps: int = 1000
@@ -70,6 +77,7 @@ class NoiseScheduleConfig:
     steps_offset: int = 1
     timestep_spacing: str = "leading"
     set_alpha_to_one: bool = False
+    clip_sample: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what no noise scheduler here can follow."""
@@ -83,7 +91,7 @@ class NoiseScheduleConfig:
         if self.steps_offset < 0:
             raise ScheduleError(f"steps_offset is {self.steps_offset}: it must be 0 or more")
         _require_one_of("beta_schedule", self.beta_schedule, _BETA_SCHEDULES)
-        _require_one_of("prediction_type", self.prediction_type, _PREDICTION_TYPES)
+        _require_one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
         _require_one_of("timestep_spacing", self.timestep_spacing, _SPACINGS)
 
     @classmethod
@@ -110,7 +118,10 @@ class NoiseScheduleConfig:
                     f"the pipeline's scheduler config has no {key}: use one saved by diffusers"
                 )
         known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in config.items() if key in known})
+        found = {key: value for key, value in config.items() if key in known}
+        if config.get("_class_name") == "DDPMScheduler":
+            found["set_alpha_to_one"] = True  # it says nothing of it, and ends there
+        return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields by name, ready for JSON."""
@@ -168,8 +179,17 @@ class NoiseScheduler(Protocol):
         """Sigma at each of the T timesteps."""
 
     @property
+    def prediction_type(self) -> str:
+        """What the denoiser predicts: epsilon or v_prediction."""
+
+    @property
     def init_noise_sigma(self) -> float:
         """What to multiply standard normal noise by to get the first latents."""
+
+    @property
+    def fresh_noise(self) -> tuple[float, ...]:
+        """By how much standard normal noise is to be added to the latents after each of the T
+        steps; 0 but for LCM."""
 
     def model_input(self, latents: Array, step: int) -> Array:
         """Returns the latents scaled as the denoiser expects them at a step."""
@@ -177,7 +197,8 @@ class NoiseScheduler(Protocol):
     def advance(
         self, latents: Array, noise_pred: Array, step: int, history: tuple[Array, ...]
     ) -> tuple[Array, tuple[Array, ...]]:
-        """Returns the next step's latents, and the history to hand to the next step.
+        """Returns the next step's latents, without fresh noise, and the history to hand to the
+        next step.
 
         Args:
             latents: What `model_input` was given.
@@ -200,10 +221,9 @@ def make_noise_scheduler(name: str, steps: int, config: NoiseScheduleConfig) -> 
     """
     if name not in _MAKERS:
         raise ScheduleError(f'noise scheduler "{name}" is unknown: use {", ".join(NAMES)}')
-    if not 1 <= steps <= config.num_train_timesteps:
-        raise ScheduleError(
-            f"{name} cannot run {steps} steps: ask for 1 to {config.num_train_timesteps}"
-        )
+    most = config.num_train_timesteps if name != "lcm" else _LCM_STEPS
+    if not 1 <= steps <= most:
+        raise ScheduleError(f"{name} cannot run {steps} steps: ask for 1 to {most}")
     if not _fits(name, steps, config):
         highest = next((n for n in range(steps, 0, -1) if _fits(name, n, config)), None)
         cure = f"ask for at most {highest}" if highest else "lower steps_offset"
@@ -217,16 +237,21 @@ def make_noise_scheduler(name: str, steps: int, config: NoiseScheduleConfig) -> 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _UnscaledInput:
-    """What the three samplers that work on unscaled latents share."""
+    """What the samplers that work on unscaled latents share."""
 
     name: str
     steps: int
     timesteps: NDArray[np.float32]
     sigmas: tuple[float, ...]
+    prediction_type: str
 
     @property
     def init_noise_sigma(self) -> float:
         return 1.0
+
+    @property
+    def fresh_noise(self) -> tuple[float, ...]:
+        return (0.0,) * len(self.timesteps)
 
     def model_input(self, latents: Array, step: int) -> Array:  # noqa: ARG002 - the protocol's
         return latents
@@ -241,6 +266,25 @@ class _Ddim(_UnscaledInput):
     ) -> tuple[Array, tuple[Array, ...]]:
         keep, add = self.moves[step]
         return keep * latents + add * noise_pred, history
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ClippedDdim(_UnscaledInput):
+    """DDIM with its clean pictures within -1…1; the noise stays what was predicted."""
+
+    clean: tuple[tuple[float, float], ...]  # factors that turn latents, prediction into x0
+    noise: tuple[tuple[float, float], ...]  # and into noise
+    ends: tuple[tuple[float, float], ...]  # of x0 and noise in the next latents
+
+    def advance(
+        self, latents: Array, noise_pred: Array, step: int, history: tuple[Array, ...]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        x0, noise = (
+            of_latents * latents + of_prediction * noise_pred
+            for of_latents, of_prediction in (self.clean[step], self.noise[step])
+        )
+        signal, spread = self.ends[step]
+        return signal * x0.clip(-1, 1) + spread * noise, history
 
 
 _ADAMS_BASHFORTH = {  # weights of the newest noise prediction, the one before, …
@@ -282,12 +326,35 @@ class _Euler:
     steps: int
     timesteps: NDArray[np.float32]
     sigmas: tuple[float, ...]
+    prediction_type: str
     init_noise_sigma: float
     input_factors: tuple[float, ...]
     moves: tuple[tuple[float, float], ...]
 
+    @property
+    def fresh_noise(self) -> tuple[float, ...]:
+        return (0.0,) * len(self.timesteps)
+
     def model_input(self, latents: Array, step: int) -> Array:
         return self.input_factors[step] * latents
+
+    def advance(
+        self, latents: Array, noise_pred: Array, step: int, history: tuple[Array, ...]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        keep, add = self.moves[step]
+        return keep * latents + add * noise_pred, history
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lcm(_UnscaledInput):
+    """Each step predicts the clean latents; the next starts from them, noised anew."""
+
+    moves: tuple[tuple[float, float], ...]
+    noise: tuple[float, ...]
+
+    @property
+    def fresh_noise(self) -> tuple[float, ...]:
+        return self.noise
 
     def advance(
         self, latents: Array, noise_pred: Array, step: int, history: tuple[Array, ...]
@@ -315,12 +382,35 @@ class _DpmSolver(_UnscaledInput):
         return latents, (x0,)
 
 
+def _shared(
+    name: str, steps: int, timesteps: NDArray[Any], config: NoiseScheduleConfig
+) -> tuple[str, int, NDArray[np.float32], tuple[float, ...], str]:
+    """Returns the fields that all samplers begin with."""
+    sigmas = _sigmas(timesteps, config)
+    return name, steps, timesteps.astype(np.float32), sigmas, config.prediction_type
+
+
 def _make_ddim(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
     timesteps = _spaced(steps, config).astype(int)
     jump = config.num_train_timesteps // steps
     moves = tuple(_move(t, t - jump, config) for t in timesteps)
-    sigmas = _sigmas(timesteps, config)
-    return _Ddim("ddim", steps, timesteps.astype(np.float32), sigmas, moves)
+    shared = (
+        "ddim",
+        steps,
+        timesteps.astype(np.float32),
+        _sigmas(timesteps, config),
+        config.prediction_type,
+    )
+    if not config.clip_sample:
+        return _Ddim(*shared, moves)
+    starts = [math.sqrt(float(config.alphas_bar()[t])) for t in timesteps]
+    spreads = [math.sqrt(1 - a**2) for a in starts]
+    ends = [math.sqrt(_alpha_bar(t - jump, config)) for t in timesteps]
+    epsilon = config.prediction_type == "epsilon"
+    clean = [(1 / a, -s / a) if epsilon else (a, -s) for a, s in zip(starts, spreads, strict=True)]
+    noise = [(0.0, 1.0) if epsilon else (s, a) for a, s in zip(starts, spreads, strict=True)]
+    after = tuple((b, math.sqrt(1 - b**2)) for b in ends)
+    return _ClippedDdim(*shared, tuple(clean), tuple(noise), after)
 
 
 def _make_pndm(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
@@ -330,8 +420,7 @@ def _make_pndm(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
     starts = timesteps.copy()
     starts[1:2] += jump  # step 1 moves from where step 0 did
     moves = tuple(_move(t, t - jump, config) for t in starts)
-    sigmas = _sigmas(timesteps, config)
-    return _Pndm("pndm", steps, timesteps.astype(np.float32), sigmas, moves)
+    return _Pndm(*_shared("pndm", steps, timesteps, config), moves)
 
 
 def _make_euler(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
@@ -349,7 +438,9 @@ def _make_euler(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
     leading = config.timestep_spacing == "leading"
     start = math.hypot(sigmas[0], 1) if leading else sigmas[0]
     rounded = timesteps.astype(np.float32)
-    return _Euler("euler", steps, rounded, sigmas, start, tuple(factors), moves)
+    return _Euler(
+        "euler", steps, rounded, sigmas, config.prediction_type, start, tuple(factors), moves
+    )
 
 
 def _make_dpmsolver(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
@@ -369,7 +460,37 @@ def _make_dpmsolver(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
         slope = add * h / (2 * (lambdas[step] - lambdas[step - 1])) if step else 0.0
         moves.insert(0, (keep, add, slope))
     rounded = timesteps.astype(np.float32)
-    return _DpmSolver("dpmsolver++", steps, rounded, sigmas, clean, tuple(moves))
+    return _DpmSolver(
+        "dpmsolver++", steps, rounded, sigmas, config.prediction_type, clean, tuple(moves)
+    )
+
+
+def _make_lcm(steps: int, config: NoiseScheduleConfig) -> NoiseScheduler:
+    timesteps = _lcm_timesteps(steps, config)
+    alphas_bar = config.alphas_bar()[timesteps]
+    moves = []
+    for timestep, a in zip(timesteps, alphas_bar, strict=True):
+        scaled = float(timestep) * _LCM_TIMESTEP_SCALING
+        skip = _LCM_DATA_SIGMA**2 / (scaled**2 + _LCM_DATA_SIGMA**2)
+        out = scaled / math.hypot(scaled, _LCM_DATA_SIGMA)
+        keep, add = (1 / math.sqrt(a), -math.sqrt((1 - a) / a))  # of the clean latents
+        if config.prediction_type == "v_prediction":
+            keep, add = math.sqrt(a), -math.sqrt(1 - a)
+        moves.append((skip + out * keep, out * add))
+    after = [*alphas_bar[1:].tolist(), 1.0]  # the last step's latents stay as they are
+    roots = [math.sqrt(b) for b in after]
+    moves = [(root * keep, root * add) for root, (keep, add) in zip(roots, moves, strict=True)]
+    noise = tuple(math.sqrt(1 - b) for b in after)
+    sigmas = _sigmas(timesteps, config)
+    return _Lcm(
+        "lcm",
+        steps,
+        timesteps.astype(np.float32),
+        sigmas,
+        config.prediction_type,
+        tuple(moves),
+        noise,
+    )
 
 
 _MAKERS: dict[str, Callable[[int, NoiseScheduleConfig], NoiseScheduler]] = {
@@ -377,6 +498,7 @@ _MAKERS: dict[str, Callable[[int, NoiseScheduleConfig], NoiseScheduler]] = {
     "pndm": _make_pndm,
     "euler": _make_euler,
     "dpmsolver++": _make_dpmsolver,
+    "lcm": _make_lcm,
 }
 
 
@@ -385,15 +507,21 @@ def _move(start: int, end: int, config: NoiseScheduleConfig) -> tuple[float, flo
 
     Source: DDIM's formula 12 at eta 0, which PNDM's formula 9 equals; `end` < 0 is the end.
     """
-    alphas_bar = config.alphas_bar()
-    last = 1.0 if config.set_alpha_to_one else float(alphas_bar[0])
-    a, b = float(alphas_bar[start]), float(alphas_bar[end]) if end >= 0 else last
+    a, b = _alpha_bar(start, config), _alpha_bar(end, config)
     if config.prediction_type == "epsilon":
         return math.sqrt(b / a), math.sqrt(1 - b) - math.sqrt(b * (1 - a) / a)
     return (
         math.sqrt(a * b) + math.sqrt((1 - a) * (1 - b)),
         math.sqrt(a * (1 - b)) - math.sqrt(b * (1 - a)),
     )
+
+
+def _alpha_bar(timestep: int, config: NoiseScheduleConfig) -> float:
+    """Returns ᾱ at a timestep; one below 0 is the end."""
+    alphas_bar = config.alphas_bar()
+    if timestep >= 0:
+        return float(alphas_bar[timestep])
+    return 1.0 if config.set_alpha_to_one else float(alphas_bar[0])
 
 
 def _sigmas(timesteps: NDArray[Any], config: NoiseScheduleConfig) -> tuple[float, ...]:
@@ -426,9 +554,21 @@ def _spaced(
     return np.round(count - np.arange(steps, dtype=np.float64) * (count / steps)) - 1
 
 
+def _lcm_timesteps(steps: int, config: NoiseScheduleConfig) -> NDArray[np.int64]:
+    """Returns (steps,) of the timesteps that consistency models are distilled on, falling."""
+    distilled = np.arange(_LCM_STEPS, 0, -1) * (config.num_train_timesteps // _LCM_STEPS) - 1
+    taken = np.floor(np.linspace(0, _LCM_STEPS, steps, endpoint=False)).astype(int)
+    timesteps: NDArray[np.int64] = distilled[taken]
+    return timesteps
+
+
 def _fits(name: str, steps: int, config: NoiseScheduleConfig) -> bool:
     """Says whether the timesteps fall strictly and lie in the trained range."""
-    timesteps = _spaced(steps, config, whole=name != "euler", ends_at_zero=name != "dpmsolver++")
+    timesteps: NDArray[Any] = (
+        _lcm_timesteps(steps, config)
+        if name == "lcm"
+        else _spaced(steps, config, whole=name != "euler", ends_at_zero=name != "dpmsolver++")
+    )
     inside = timesteps[0] < config.num_train_timesteps and timesteps[-1] >= 0
     return bool(inside and (np.diff(timesteps) < 0).all())
 

@@ -11,6 +11,21 @@ from cq_edge.frontier import ReuseErrors, search_plans
 from cq_edge.latency import DeviceProfile
 from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 
+FEWEST_TO_REUSE = 5
+"""Steps of a loop in which reusing features is worth while: between the steps of a shorter one
+they change too much, and there is little to save."""
+
+
+def too_few_to_reuse(total_steps: int) -> str | None:
+    """Returns why a loop of so many steps should run them all full, None if it should not."""
+    if total_steps >= FEWEST_TO_REUSE:
+        return None
+    steps = "a single step has" if total_steps == 1 else f"{total_steps} steps have"
+    return (
+        f"{steps} next to nothing to reuse: features change too much between so few, so every step "
+        "of the default plan is full, and what is gained here is the smaller, faster graph"
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

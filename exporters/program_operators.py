@@ -6,6 +6,7 @@ what XNNPACK is handed stands in the file alone.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -92,7 +93,9 @@ def _read_graph(blob: bytes) -> dict[str, Any]:
         schema.write_bytes(resources.files(serialization).joinpath("schema.fbs").read_bytes())
         binary.write_bytes(blob[start : start + header.flatbuffer_size])
         _flatc_decompile(name, str(schema), str(binary), ["--raw-binary"])
-        graph: dict[str, Any] = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
+        text = (folder / "graph.json").read_text(encoding="utf-8")
+    # a ReLU's upper bound, as flatc writes it, is not JSON
+    graph: dict[str, Any] = json.loads(re.sub(r"(?<=: )(-?)inf\b", r"\1Infinity", text))
     return graph
 
 

@@ -11,7 +11,6 @@ from uuid import uuid4
 import numpy as np
 
 from cq_edge.errors import DeviceError
-from cq_edge.latency import GRAPHS
 from runtime.adb import Phone
 from runtime.bundle import Bundle
 from runtime.executor_runner import RunnerRuns, read_runner, runner_words
@@ -136,7 +135,7 @@ def thermal_status(phone: Phone) -> str:
 
 def _push_inputs(phone: Phone, folder: str, bundle: Bundle) -> None:
     with tempfile.TemporaryDirectory() as here:
-        for graph in GRAPHS:
+        for graph in bundle.graphs:
             for index, array in enumerate(sample_inputs(bundle, graph).values()):
                 path = Path(here) / _input_file(graph, index)
                 path.write_bytes(np.ascontiguousarray(array).tobytes())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from cq_edge.errors import BundleError
+from cq_edge.latency import GRAPHS
 from cq_edge.manifest import Manifest, read_manifest, verify_files
 from cq_edge.reuse_table import ReuseTable
 from runtime.tokenizer import ClipTokenizer
@@ -21,6 +22,11 @@ class Bundle:
     def path(self, relative: str) -> Path:
         """Returns where one of the manifest's files lies."""
         return self.folder / relative
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The names of the bundle's graphs, in the order in which a picture needs them."""
+        return tuple(graph for graph in GRAPHS if graph in self.manifest.graphs)
 
     def graph_files(self) -> tuple[str, ...]:
         """Returns the files of the graphs, those within packages too."""
@@ -99,20 +105,23 @@ class Bundle:
         fitting.sort(key=lambda pair: pair != own)
         return tuple(self.reuse_table(*pair) for pair in fitting)
 
-    def tokenizer(self) -> ClipTokenizer:
-        """Returns the tokenizer of the bundle's own vocabulary.
+    def tokenizers(self) -> tuple[ClipTokenizer, ...]:
+        """Returns the tokenizers of the bundle's own vocabularies, one for each input of the
+        encode graph.
 
         Raises:
-            BundleError: Its files are no CLIP vocabulary.
+            BundleError: Their files are no CLIP vocabulary.
         """
-        entry = self.manifest.tokenizer
-        return ClipTokenizer.from_files(
-            self.path(entry.vocab),
-            self.path(entry.merges),
-            max_length=entry.max_length,
-            bos_token=entry.bos_token,
-            eos_token=entry.eos_token,
-            pad_token=entry.pad_token,
+        return tuple(
+            ClipTokenizer.from_files(
+                self.path(entry.vocab),
+                self.path(entry.merges),
+                max_length=entry.max_length,
+                bos_token=entry.bos_token,
+                eos_token=entry.eos_token,
+                pad_token=entry.pad_token,
+            )
+            for entry in self.manifest.tokenizers
         )
 
 

@@ -12,7 +12,6 @@ from statistics import median
 from typing import Any
 
 from cq_edge.errors import DeviceError
-from cq_edge.latency import GRAPHS
 from runtime.bundle import Bundle
 from runtime.coreml_engine import SOLE, without_int64
 from runtime.measure import sample_inputs
@@ -48,7 +47,7 @@ def benchmarkers(bundle: Bundle, device: Any = None) -> dict[str, Any]:
     from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
 
     found = {}
-    for graph in GRAPHS:
+    for graph in bundle.graphs:
         entry = bundle.manifest.graph(graph)
         function = None if entry.method == SOLE else entry.method
         path = str(bundle.path(entry.file))

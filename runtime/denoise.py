@@ -1,7 +1,7 @@
 """The denoising loop: a generator over steps; the caller owns progress, memory, cancelling."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -18,6 +18,8 @@ from cq_edge.reuse_table import ReuseTable
 from runtime.engine import Engine
 
 FloatArray = NDArray[np.float32]
+Context = Mapping[str, FloatArray]
+"""What the UNet is told beside latents and timestep, by the names of its graphs' inputs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,14 +27,14 @@ class Guidance:
     """What to draw, what to draw away from, and how strongly.
 
     Attributes:
-        prompt: (1, 77, D) float32 embeddings.
-        negative: (1, 77, D) float32 embeddings; None only where `scale` is 1, which needs none.
+        prompt: `embeddings` (1, 77, D) float32 and what else the graphs take.
+        negative: The same of the negative prompt; None only where `scale` is 1, which needs none.
         scale: noise_pred = negative's + scale · (prompt's - negative's); finite. At 1 the
             network runs once a step, without the negative prompt.
     """
 
-    prompt: FloatArray
-    negative: FloatArray | None
+    prompt: Context
+    negative: Context | None
     scale: float
 
     def __post_init__(self) -> None:
@@ -46,8 +48,8 @@ class Guidance:
             )
 
     @property
-    def branches(self) -> tuple[FloatArray, ...]:
-        """The embeddings to run in turn: negative first, then prompt; or prompt alone."""
+    def branches(self) -> tuple[Context, ...]:
+        """What to run in turn: negative first, then prompt; or prompt alone."""
         if self.scale == 1 or self.negative is None:
             return (self.prompt,)
         return (self.negative, self.prompt)
@@ -79,6 +81,7 @@ def denoise(
     latents: FloatArray,
     guidance: Guidance,
     reuse_table: ReuseTable | None = None,
+    noise: Iterator[FloatArray] | None = None,
 ) -> Iterator[StepRecord]:
     """Checks that its arguments fit each other, then runs one step each time it is asked.
 
@@ -95,17 +98,23 @@ def denoise(
         guidance: The prompts' embeddings and the scale.
         reuse_table: Holds the corrections of the shallow steps, which need it, and how far
             forecasts follow their line.
+        noise: Standard normal noise of the latents' shape, as often as it is asked for; only
+            noise schedulers with `fresh_noise` ask.
 
     Returns:
         An iterator of T records. Stopping early is allowed and leaves nothing behind.
 
     Raises:
-        ScheduleError: The schedule's length is not T, or its shallow steps have no corrections.
+        ScheduleError: The schedule's length is not T, its shallow steps have no corrections, or
+            there is no noise where it is needed.
     """
     _check_fit(noise_scheduler, cache_schedule, reuse_table)
+    if any(noise_scheduler.fresh_noise) and noise is None:
+        raise ScheduleError(f"{noise_scheduler.name} adds noise after its steps: give it some")
     corrections = _corrections(cache_schedule, reuse_table)
     denoiser = _Denoiser(engine, noise_scheduler, guidance, reuse_table)
-    return _steps(denoiser, noise_scheduler, cache_schedule, latents, corrections)
+    fresh = iter(()) if noise is None else noise
+    return _steps(denoiser, noise_scheduler, cache_schedule, latents, corrections, fresh)
 
 
 def _steps(
@@ -114,6 +123,7 @@ def _steps(
     cache_schedule: CacheSchedule,
     latents: FloatArray,
     corrections: dict[int, ShallowCorrection],
+    noise: Iterator[FloatArray],
 ) -> Iterator[StepRecord]:
     history: tuple[Any, ...] = ()
     for step, mode in enumerate(cache_schedule.modes):
@@ -125,6 +135,8 @@ def _steps(
             inputs = {"latents": noise_scheduler.model_input(latents, step), "timestep": timestep}
             noise_pred = denoiser.run(mode, step, inputs, corrections.get(step))
         latents, history = noise_scheduler.advance(latents, noise_pred, step, history)
+        if noise_scheduler.fresh_noise[step]:
+            latents = latents + np.float32(noise_scheduler.fresh_noise[step]) * next(noise)
         elapsed_ms = (perf_counter() - start) * 1e3
         yield StepRecord(step, float(timestep[0]), mode, latents, elapsed_ms)
 
@@ -179,11 +191,11 @@ class _Denoiser:
         return noise_pred
 
     def _full(
-        self, inputs: dict[str, FloatArray], branches: tuple[FloatArray, ...]
+        self, inputs: dict[str, FloatArray], branches: tuple[Context, ...]
     ) -> list[FloatArray]:
         predictions, self._features = [], []
-        for embeddings in branches:
-            outputs = self._engine.run("denoise", {**inputs, "embeddings": embeddings})
+        for context in branches:
+            outputs = self._engine.run("denoise", {**inputs, **context})
             predictions.append(outputs["noise_pred"])
             self._features.append(outputs["cached_feature"])
         return predictions
@@ -191,14 +203,14 @@ class _Denoiser:
     def _shallow(
         self,
         inputs: dict[str, FloatArray],
-        branches: tuple[FloatArray, ...],
+        branches: tuple[Context, ...],
         correction: ShallowCorrection,
     ) -> list[FloatArray]:
         predictions = []
         shared = {**inputs, **correction.inputs()}
         features = self._features[-len(branches) :]
-        for embeddings, feature in zip(branches, features, strict=True):
-            given = {**shared, "embeddings": embeddings, "cached_feature": feature}
+        for context, feature in zip(branches, features, strict=True):
+            given = {**shared, **context, "cached_feature": feature}
             predictions.append(self._engine.run("denoise_shallow", given)["noise_pred"])
         return predictions
 

@@ -10,9 +10,15 @@ from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.noise_scheduler import make_noise_scheduler
 from cq_edge.reuse_table import ReuseTable
 from runtime.bundle import Bundle
-from runtime.denoise import Guidance, denoise
+from runtime.denoise import denoise
 from runtime.engine import Engine
-from runtime.generate import decode_latents, encode_prompt, initial_latents
+from runtime.generate import (
+    decode_latents,
+    encode_prompt,
+    guided_by,
+    needs_negative,
+    noises,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,14 +61,15 @@ def draw(method: Method, prompt: str, seed: int) -> Drawn:
     noise_scheduler = make_noise_scheduler(
         method.noise_scheduler or defaults.noise_scheduler, method.steps, manifest.noise_schedule
     )
-    tokenizer = method.bundle.tokenizer()
-    embeddings = [encode_prompt(engine, tokenizer, text)[0] for text in (prompt, "")]
-    guidance = Guidance(embeddings[0], embeddings[1], defaults.guidance_scale)
-    shape = (size.channels, size.height, size.width)
-    latents = initial_latents(shape, seed, noise_scheduler.init_noise_sigma)
+    tokenizers, scale = method.bundle.tokenizers(), defaults.guidance_scale
+    texts = [prompt] + [""] * needs_negative(manifest, "", scale)
+    told = [encode_prompt(engine, tokenizers, text)[0] for text in texts if tokenizers] or [{}]
+    guidance = guided_by(manifest, told[0], told[1] if told[1:] else None, scale)
+    noise = noises((size.channels, size.height, size.width), seed)
+    latents = next(noise) * np.float32(noise_scheduler.init_noise_sigma)
     loop_ms = 0.0
     for record in denoise(
-        engine, noise_scheduler, method.schedule, latents, guidance, method.table
+        engine, noise_scheduler, method.schedule, latents, guidance, method.table, noise
     ):
         loop_ms, latents = loop_ms + record.elapsed_ms, record.latents
     picture = decode_latents(engine, latents)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -11,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import CacheSchedule
-from cq_edge.latency import GRAPHS, DeviceProfile, GraphFigures
+from cq_edge.latency import DeviceProfile, GraphFigures
 from cq_edge.manifest import TensorSpec
 from cq_edge.noise_scheduler import make_noise_scheduler
 from runtime.bundle import Bundle
-from runtime.denoise import Guidance, denoise
+from runtime.denoise import denoise
 from runtime.engine import Engine
+from runtime.generate import guided_by
 
 # the runs of a round, in the order and company in which a picture needs them: what ran just
 # before decides what lies in the caches and which memory must be fetched again, so that a graph
@@ -59,7 +61,7 @@ def timed_runs(
     Returns:
         An iterator of the runs as they are done. Stopping early is allowed.
     """
-    inputs = {graph: sample_inputs(bundle, graph) for graph in GRAPHS}
+    inputs = {graph: sample_inputs(bundle, graph) for graph in bundle.graphs}
     for graph in inputs:
         engine.load(graph)
     spent_ms = dict.fromkeys(inputs, 0.0)
@@ -119,9 +121,11 @@ def step_ms(engine: Engine, bundle: Bundle) -> float:
     noise_scheduler = make_noise_scheduler(defaults.noise_scheduler, defaults.steps, schedule)
     modes = "F" + "K" * (len(noise_scheduler.timesteps) - 1)
     inputs = sample_inputs(bundle, "denoise")
-    guidance = Guidance(inputs["embeddings"], inputs["embeddings"], 2.0)
-    cache_schedule = CacheSchedule.from_string(modes)
-    records = denoise(engine, noise_scheduler, cache_schedule, inputs["latents"], guidance)
+    latents = inputs["latents"]
+    context = {name: inputs[name] for name in inputs if name not in ("latents", "timestep")}
+    guidance = guided_by(bundle.manifest, context, context, 2.0)
+    cache_schedule, noise = CacheSchedule.from_string(modes), repeat(latents)
+    records = denoise(engine, noise_scheduler, cache_schedule, latents, guidance, None, noise)
     return median([record.elapsed_ms for record in records][1:] or [0.0])
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cq_edge.latency import GRAPHS, DeviceProfile
+from cq_edge.latency import NEEDED_GRAPHS, DeviceProfile
 from runtime.coreml_benchmark import OperatorTime
 from runtime.measure import TimedRun, counted_ms, figures
 from runtime.noise import Noise
@@ -54,8 +54,8 @@ class Measurement:
 
     @property
     def is_profile(self) -> bool:
-        """Whether every graph has run, so that there is a profile."""
-        return {run.graph for run in self.runs} >= set(GRAPHS)
+        """Whether every graph has run, so that there is a profile; `encode` runs first."""
+        return {run.graph for run in self.runs} >= set(NEEDED_GRAPHS)
 
     def profile(self) -> DeviceProfile:
         """Returns the device profile of what was measured.

@@ -179,7 +179,7 @@ def manifest(quantization: str = "int8") -> Manifest:
         graphs=graph_entries(),
         noise_schedule=NoiseScheduleConfig(),
         defaults=Defaults(noise_scheduler="ddim", steps=STEPS, guidance_scale=5.0, full_steps=4),
-        tokenizer=TokenizerEntry("tokenizer/vocab.json", "tokenizer/merges.txt"),
+        tokenizers=(TokenizerEntry("tokenizer/vocab.json", "tokenizer/merges.txt"),),
         reuse_tables=(ReuseTableEntry("reuse_ddim_10.npz", "ddim", STEPS),),
         conditions={"quantization": quantization, "unet_compression": 3.9},
     )

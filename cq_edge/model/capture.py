@@ -48,15 +48,15 @@ MAX_UNGUIDED = 3
 class StepSample:
     """What one prompt's guided branch saw at one step of the calibration run; batch 1.
 
-    `latents` (1, 4, h, w) are scaled for the network, `embeddings` (1, 77, D),
-    `anchor_feature` (1, C, h, w) is the cached feature `gap` steps earlier.
+    `latents` (1, 4, h, w) are scaled for the network, `context` is what it was told beside them
+    and the timestep, `anchor_feature` (1, C, h, w) is the cached feature `gap` steps earlier.
     """
 
     step: int
     gap: int
     timestep: float
     latents: NDArray[np.float32]
-    embeddings: NDArray[np.float32]
+    context: tuple[NDArray[np.float32], ...]
     anchor_feature: NDArray[np.float32]
 
 
@@ -119,7 +119,7 @@ def capture(
     for number, prompt in enumerate(prompts):
         for visit in loop.run(number, prompt):
             contexts = loop.branches(prompt)
-            truth = loop.guided([exact(visit.seen, visit.timestep, c)[0] for c in contexts])
+            truth = loop.guided([exact(visit.seen, visit.timestep, *c)[0] for c in contexts])
             truths[number, visit.step] = truth
             features.take(visit, prompt)
             predictions.take(visit.step, visit.noise_pred, truth)
@@ -255,7 +255,7 @@ class _FeatureRun:
                 gap,
                 float(visit.timestep),
                 visit.seen.numpy(),
-                prompt[1].numpy(),
+                tuple(told.numpy() for told in prompt[1]),
                 self._recent[-1 - gap][:2][-1:],
             )
         )

@@ -77,12 +77,25 @@ class LeanUpsample(nn.Module):
                 f"upsampling to {output_size} is not by two: the latents' height and width must "
                 "be multiples of 2 to the number of downsamplers"
             )
-        batch, channels, height, width = hidden_states.shape
-        pixels = hidden_states.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-        rows = torch.cat([pixels, pixels], dim=-1).reshape(batch, height, 2 * width * channels)
-        doubled = torch.cat([rows, rows], dim=-1)
-        picture = doubled.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+        picture = doubled(hidden_states)
         return picture if self.conv is None else self.conv(picture)
+
+
+class LeanDoubling(nn.Module):
+    """torch's Upsample by two to the nearest neighbour, as AutoencoderTiny has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (B, C, 2H, 2W) for (B, C, H, W)."""
+        return doubled(x)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Returns the (B, C, 2H, 2W) picture with every pixel of (B, C, H, W) four times."""
+    batch, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+    rows = torch.cat([pixels, pixels], dim=-1).reshape(batch, height, 2 * width * channels)
+    both = torch.cat([rows, rows], dim=-1)
+    return both.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
 def rewrite_resnets(root: nn.Module) -> int:
@@ -100,12 +113,14 @@ def rewrite_timesteps(root: nn.Module) -> int:
 
 
 def rewrite_upsamplers(root: nn.Module) -> int:
-    """Replaces every Upsample2D below `root` in place and returns how many there were.
+    """Replaces every Upsample2D, and torch's Upsample, below `root` in place; returns how many
+    there were.
 
     Raises:
         ModelError: If one is no nearest-neighbour doubling.
     """
-    return replace_modules(root, Upsample2D, _checked_upsample)
+    plain = replace_modules(root, nn.Upsample, _checked_doubling)
+    return plain + replace_modules(root, Upsample2D, _checked_upsample)
 
 
 def _checked_resnet(resnet: ResnetBlock2D) -> LeanResnet:
@@ -131,3 +146,12 @@ def _checked_upsample(upsample: Upsample2D) -> LeanUpsample:
             "nearest-neighbour upsampling can be exported"
         )
     return LeanUpsample(upsample)
+
+
+def _checked_doubling(upsample: nn.Upsample) -> LeanDoubling:
+    if upsample.mode != "nearest" or upsample.scale_factor not in (2, (2, 2), (2.0, 2.0)):
+        raise ModelError(
+            f"an upsampler is {upsample.mode} by {upsample.scale_factor}: only doubling to the "
+            "nearest neighbour can be exported"
+        )
+    return LeanDoubling()

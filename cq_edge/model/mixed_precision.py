@@ -19,6 +19,7 @@ from torchao.quantization.quant_primitives import (
 from cq_edge.errors import UsageError
 from cq_edge.influence import step_influence
 from cq_edge.model.quantize import FIRST_AND_LAST, GROUP, is_named
+from cq_edge.model.trajectory import Prompt
 from cq_edge.model.unfolded_conv import can_unfold, folded_weight, unfolded_weight
 from cq_edge.noise_scheduler import NoiseScheduler
 
@@ -30,7 +31,7 @@ _SCALE_BYTES, _GROUP_SCALE_BYTES = 4, 2  # XNNPACK's are float32 and bfloat16
 class _Sample:
     """What the full graph sees at a step, both branches, and how much that step matters."""
 
-    inputs: tuple[Tensor, Tensor, Tensor]
+    inputs: tuple[Tensor, ...]
     weight: float
 
 
@@ -38,7 +39,7 @@ class _Sample:
 def choose_four_bits(
     full: nn.Module,
     compression: float,
-    prompts: Sequence[tuple[Tensor, Tensor]],
+    prompts: Sequence[Prompt],
     noise_scheduler: NoiseScheduler,
     latents_shape: tuple[int, int, int],
     guidance_scale: float,
@@ -53,7 +54,7 @@ def choose_four_bits(
     Args:
         full: The rewritten `FullUNet`, float; weights are put back.
         compression: Float32 bytes of the parameters over bytes of the weights stored, at least.
-        prompts: The (uncond, cond) embeddings of a few prompts.
+        prompts: The contexts of a few prompts.
         noise_scheduler: Of a few steps.
         latents_shape: (4, h, w).
         guidance_scale: Of the guided prediction.
@@ -130,7 +131,7 @@ def _saved_bytes(layer: Layer) -> int:
 
 def _samples(
     full: nn.Module,
-    prompts: Sequence[tuple[Tensor, Tensor]],
+    prompts: Sequence[Prompt],
     noise_scheduler: NoiseScheduler,
     latents_shape: tuple[int, int, int],
 ) -> list[_Sample]:
@@ -144,7 +145,8 @@ def _samples(
         history: tuple[Tensor, ...] = ()
         for step, time in enumerate(noise_scheduler.timesteps):
             seen = noise_scheduler.model_input(latents, step).expand(2, -1, -1, -1)
-            inputs = (seen, torch.tensor([time]), torch.cat(branches))
+            context = (torch.cat(both) for both in zip(*branches, strict=True))
+            inputs = (seen, torch.tensor([time]), *context)
             samples.append(_Sample(inputs, float(influence[step]) ** 2))
             predicted = full(*inputs)[0][1:]
             latents, history = noise_scheduler.advance(latents, predicted, step, history)

@@ -5,24 +5,27 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy, nn
 
 from cq_edge.errors import UsageError
 from cq_edge.model.capture import RUNS, Calibration, capture
-from cq_edge.model.graphs import DecodeGraph, EncodeGraph
+from cq_edge.model.graphs import decode_graph
 from cq_edge.model.mixed_precision import choose_four_bits
 from cq_edge.model.plan_trial import final_latents, scaled_to_trial, typical_distance
-from cq_edge.model.prompts import embed_prompts, token_ids
+from cq_edge.model.prompts import embed_prompts, guidance_kind, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.reuse_trial import Consumers, ShallowGraph
 from cq_edge.model.rewrite import rewrite_for_xnnpack
-from cq_edge.model.split import ShallowUNet, split_unet
+from cq_edge.model.split import ShallowUNet, context_shapes, split_unet
+from cq_edge.model.text import text_graph, text_reference
 from cq_edge.model.trajectory import FullGraph, Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 QUANTIZATIONS = ("int8", "none")
+ID_NAMES = ("input_ids", "input_ids_2")
+"""Of the encode graph's inputs, one for each tokenizer."""
 _COMPARED_PROMPTS = 4  # what noise schedulers and steps are compared on
 _TRIAL_PROMPTS, _TRIAL_STEPS = 2, 5  # what layers are tried on at four bits
 
@@ -62,8 +65,8 @@ class OptimizeConfig:
 class Optimized:
     """The float modules, and what becomes files.
 
-    `reference` and `edge` hold the same four graphs by name: the pipeline's own float
-    modules, and the rewritten, quantised ones that ExecuTorch exports (none of `float_graphs`).
+    `reference` and `edge` hold the same graphs by name: the pipeline's own float modules, and the
+    rewritten, quantised ones that ExecuTorch exports (none of `float_graphs`).
     `feature_channels` is the C of the cached feature, `consumed_channels` those of the layers
     that consume it.
     """
@@ -76,7 +79,7 @@ class Optimized:
 
 
 def optimize(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     config: OptimizeConfig,
     on_layer: Callable[[], object] = lambda: None,
 ) -> Optimized:
@@ -98,8 +101,9 @@ def optimize(
         both = quantize_for_xnnpack(both, four_bits={f"0.{name}" for name in chosen})
     edge_full, edge_shallow = both
     reference = _reference(pipeline, full, shallow)
+    text = text_graph(pipeline)
     edge: dict[str, nn.Module] = {
-        "encode": rewrite_for_xnnpack(EncodeGraph(pipeline.text_encoder)),
+        **({} if text is None else {"encode": rewrite_for_xnnpack(text)}),
         "denoise": edge_full,
         "denoise_shallow": edge_shallow,
         "decode": rewrite_for_xnnpack(reference["decode"]),
@@ -109,7 +113,7 @@ def optimize(
     return Optimized(reference, edge, noise_schedule, *channels)
 
 
-def float_graphs(pipeline: StableDiffusionPipeline, config: OptimizeConfig) -> Optimized:
+def float_graphs(pipeline: DiffusionPipeline, config: OptimizeConfig) -> Optimized:
     """Splits a pipeline and leaves it as it is, for a toolchain that compresses weights itself.
 
     Raises:
@@ -123,7 +127,7 @@ def float_graphs(pipeline: StableDiffusionPipeline, config: OptimizeConfig) -> O
 
 
 def calibrate(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     config: OptimizeConfig,
     optimized: Optimized,
     full: FullGraph,
@@ -147,7 +151,8 @@ def calibrate(
         ScheduleError: If the noise scheduler or its number of steps is not possible.
     """
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
-    prompts, shape = embed_prompts(pipeline, config.prompts), _latents_shape(pipeline)
+    prompts = embed_prompts(pipeline, config.prompts, config.guidance_scale)
+    shape, scale = latents_shape(pipeline), _branch_scale(pipeline, config)
     float_shallow = optimized.reference["denoise_shallow"]
     shipped = optimized.edge.get("denoise_shallow", float_shallow)
     consumers = Consumers(
@@ -158,7 +163,7 @@ def calibrate(
     own: tuple[Tensor, ...] | None = None
     for name, steps in ((config.noise_scheduler, config.steps), *config.also):
         noise_scheduler = make_noise_scheduler(name, steps, noise_schedule)
-        exact = Loop(optimized.reference["denoise"], noise_scheduler, shape, config.guidance_scale)
+        exact = Loop(optimized.reference["denoise"], noise_scheduler, shape, scale)
         exact_finals = final_latents(exact, compared, on_step)
         own = own or exact_finals
         calibration = capture(
@@ -169,7 +174,7 @@ def calibrate(
             prompts,
             noise_scheduler,
             shape,
-            guidance_scale=config.guidance_scale,
+            guidance_scale=scale,
             max_gap=config.max_gap,
             on_step=on_step,
         )
@@ -187,53 +192,52 @@ def calibration_steps(prompts: int, totals: Sequence[int]) -> int:
 
 
 def parity_inputs(
-    pipeline: StableDiffusionPipeline, config: OptimizeConfig, calibration: Calibration
+    pipeline: DiffusionPipeline, config: OptimizeConfig, calibration: Calibration
 ) -> dict[str, list[dict[str, NDArray[Any]]]]:
     """Returns for each graph the inputs to check its export with, all from calibration."""
     full, shallow = [], []
+    names = context_shapes(pipeline.unet)
     for sample in calibration.samples:
         inputs = {
             "latents": sample.latents,
             "timestep": np.array([sample.timestep], np.float32),
-            "embeddings": sample.embeddings,
+            **dict(zip(names, sample.context, strict=True)),
         }
         correction = calibration.table.correction(sample.step - sample.gap, sample.step)
         reused = {"cached_feature": sample.anchor_feature}
         full.append(inputs)
         shallow.append({**inputs, **reused, **correction.inputs()})
-    return {
-        "encode": [{"input_ids": token_ids(pipeline, text).numpy()} for text in config.prompts],
+    found = {
         "denoise": full,
         "denoise_shallow": shallow,
         "decode": [{"latents": latents} for latents in calibration.final_latents],
     }
+    if text_reference(pipeline) is None:
+        return found
+    ids = [token_ids(pipeline, text) for text in config.prompts]
+    return {"encode": [dict(zip(ID_NAMES, map(Tensor.numpy, each), strict=False)) for each in ids],
+            **found}  # fmt: skip
 
 
 def _reference(
-    pipeline: StableDiffusionPipeline, full: nn.Module, shallow: nn.Module
+    pipeline: DiffusionPipeline, full: nn.Module, shallow: nn.Module
 ) -> dict[str, nn.Module]:
+    text = text_reference(pipeline)
     return {
-        "encode": _FirstOutput(pipeline.text_encoder),
+        **({} if text is None else {"encode": text}),
         "denoise": full,
         "denoise_shallow": shallow,
-        "decode": DecodeGraph(pipeline.vae),
+        "decode": decode_graph(_decoder(pipeline)),
     }
 
 
-class _FirstOutput(nn.Module):
-    """A module that returns a record, reduced to the record's first tensor."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        first: Tensor = self.module(*inputs)[0]
-        return first
+def _branch_scale(pipeline: DiffusionPipeline, config: OptimizeConfig) -> float:
+    """Returns the scale that guides by two calls; 1 where one call does."""
+    return config.guidance_scale if guidance_kind(pipeline) == "two_calls" else 1.0
 
 
 def _four_bits(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     config: OptimizeConfig,
     full: nn.Module,
     on_layer: Callable[[], object],
@@ -245,14 +249,26 @@ def _four_bits(
     return choose_four_bits(
         full,
         config.compression,
-        embed_prompts(pipeline, config.prompts[:_TRIAL_PROMPTS]),
+        embed_prompts(pipeline, config.prompts[:_TRIAL_PROMPTS], config.guidance_scale),
         make_noise_scheduler("ddim", _TRIAL_STEPS, noise_schedule),
-        _latents_shape(pipeline),
-        config.guidance_scale,
+        latents_shape(pipeline),
+        _branch_scale(pipeline, config),
         on_layer,
     )
 
 
-def _latents_shape(pipeline: StableDiffusionPipeline) -> tuple[int, int, int]:
+def latents_shape(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
+    """Returns channels, height and width of the latents."""
     config = pipeline.unet.config
     return (config.in_channels, config.sample_size, config.sample_size)
+
+
+def pixels_per_cell(pipeline: DiffusionPipeline) -> int:
+    """Returns how many pixels the decoder makes of a latent cell, in height and in width."""
+    vae = _decoder(pipeline)
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _decoder(pipeline: DiffusionPipeline) -> Any:
+    """Returns the autoencoder, None of a pipeline that works on pixels."""
+    return getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)

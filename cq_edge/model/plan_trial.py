@@ -114,7 +114,7 @@ class _Planned:
     _lines: dict[int, tuple[int, Forecast]] = field(default_factory=dict)
 
     def __call__(
-        self, latents: Tensor, timestep: Tensor, embeddings: Tensor
+        self, latents: Tensor, timestep: Tensor, *context: Tensor
     ) -> tuple[Tensor, Tensor]:
         visit, branch = divmod(self._calls, self.branches)
         step, self._calls = visit % len(self.schedule), self._calls + 1
@@ -125,12 +125,12 @@ class _Planned:
             slope = float(self.table.skip_slope[last, step - last])
             return line.at(sigma, slope), self._features[branch]
         if mode is Mode.FULL:
-            noise_pred, feature = self.loop.full(latents, timestep, embeddings)
+            noise_pred, feature = self.loop.full(latents, timestep, *context)
             self._features[branch] = feature
         else:
             correction = self.table.correction(self.schedule.anchors[step], step)
             given = map(torch.from_numpy, correction.inputs().values())
             feature = self._features[branch]
-            noise_pred = self.shallow(latents, timestep, embeddings, feature, *given)
+            noise_pred = self.shallow(latents, timestep, *context, feature, *given)
         self._lines[branch] = step, line.after(sigma, noise_pred)
         return noise_pred, self._features[branch]

@@ -15,9 +15,10 @@ from torch import Tensor
 from cq_edge.correction import MomentAccumulator
 from cq_edge.model.trajectory import Loop, Prompt, Visit, mean_square
 
-ShallowGraph = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-Consumer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""What the layers that consume a feature make of (latents, timestep, embeddings, feature)."""
+ShallowGraph = Callable[..., Tensor]
+"""Of latents, timestep, context, feature and correction, as `split.ShallowUNet` is."""
+Consumer = Callable[..., Tensor]
+"""What the layers that consume a feature make of (latents, timestep, context…, feature)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +132,7 @@ def reuse_squares(
                 correction = (*cache.at(anchor.step, gap), *quantisation.at(anchor.step, gap))
                 reused = loop.guided(
                     [
-                        shallow(visit.seen, visit.timestep, context, feature, *correction)
+                        shallow(visit.seen, visit.timestep, *context, feature, *correction)
                         for context, feature in zip(branches, anchor.features, strict=True)
                     ]
                 )
@@ -156,7 +157,7 @@ def _outputs(
 ) -> list[Tensor]:
     """Returns what the layers make of each branch's feature, and with guidance of both."""
     found = [
-        consumer(visit.seen, visit.timestep, context, feature)
+        consumer(visit.seen, visit.timestep, *context, feature)
         for context, feature in zip(loop.branches(prompt), features, strict=True)
     ]
     return [*found, loop.guided(found)] if len(found) > 1 else found

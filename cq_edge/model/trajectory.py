@@ -10,9 +10,12 @@ from torch import Tensor
 from cq_edge.errors import CalibrationError
 from cq_edge.noise_scheduler import NoiseScheduler
 
-FullGraph = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-Prompt = tuple[Tensor, Tensor]
-"""The (uncond, cond) embeddings of a prompt, each (1, 77, D)."""
+FullGraph = Callable[..., tuple[Tensor, Tensor]]
+"""Of latents, timestep and context, as `split.FullUNet` is."""
+Context = tuple[Tensor, ...]
+"""What a denoiser is told beside latents and timestep; see `split`."""
+Prompt = tuple[Context, Context]
+"""The contexts of the negative prompt and of a prompt."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,21 +53,23 @@ class Loop:
             CalibrationError: A step gives something non-finite.
         """
         noise = _noise((1, *self.latents_shape), self.seed + number)
-        latents, history = noise * self.noise_scheduler.init_noise_sigma, ()
+        latents, history = next(noise) * self.noise_scheduler.init_noise_sigma, ()
         for step in range(len(self.noise_scheduler.timesteps)):
             timestep = torch.tensor([self.noise_scheduler.timesteps[step]])
             seen = self.noise_scheduler.model_input(latents, step)
             # branch by branch, as the exported graphs run: activations are quantised per run
-            runs = [self.full(seen, timestep, context) for context in self.branches(prompt)]
+            runs = [self.full(seen, timestep, *context) for context in self.branches(prompt)]
             predictions = [prediction for prediction, _ in runs]
             noise_pred, difference = self.guided(predictions), predictions[-1] - predictions[0]
             features = tuple(feature for _, feature in runs)
             _check_finite(number, step, noise_pred, features)
             latents, history = self.noise_scheduler.advance(latents, noise_pred, step, history)
+            if self.noise_scheduler.fresh_noise[step]:
+                latents = latents + self.noise_scheduler.fresh_noise[step] * next(noise)
             yield Visit(step, timestep, seen, noise_pred, difference, features, latents)
 
-    def branches(self, prompt: Prompt) -> Sequence[Tensor]:
-        """Returns the embeddings that are run."""
+    def branches(self, prompt: Prompt) -> Sequence[Context]:
+        """Returns the contexts that are run."""
         return prompt[1:] if self.guidance_scale == 1.0 else prompt
 
     def guided(self, predictions: list[Tensor]) -> Tensor:
@@ -94,6 +99,7 @@ def _check_finite(number: int, step: int, noise_pred: Tensor, features: tuple[Te
         )
 
 
-def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
+def _noise(shape: tuple[int, ...], seed: int) -> Iterator[Tensor]:
     generator = np.random.Generator(np.random.PCG64(seed))
-    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    while True:
+        yield torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))

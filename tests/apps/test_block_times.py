@@ -48,5 +48,7 @@ def test_the_parts_are_exported_and_timed_in_the_order_they_run(pipeline, fittin
 
 def test_another_model_is_refused(pipeline, tmp_path):
     other = open_bundle(write_bundle(tmp_path / "bundle"))
-    with pytest.raises(UsageError, match=r"has latents \(1, 4, 8, 8\) and embeddings of 32, but"):
+    with pytest.raises(
+        UsageError, match=r"takes latents \(1, 4, 8, 8\), embeddings \(1, 77, 32\), but"
+    ):
         measure_blocks(other, str(pipeline))

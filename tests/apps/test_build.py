@@ -34,7 +34,8 @@ def test_a_folder_that_is_no_pipeline_is_refused_and_nothing_is_written(tmp_path
     assert code == 1
     assert err == (
         f"cq-edge: error: {tmp_path / 'empty'} is no diffusers pipeline: it has no "
-        "model_index.json; give the folder that StableDiffusionPipeline.save_pretrained wrote"
+        "model_index.json; give the folder that a pipeline's save_pretrained wrote, or a single "
+        ".safetensors file"
     )
     assert not (tmp_path / "out").exists()
 
@@ -43,13 +44,13 @@ def test_a_unet_that_cannot_be_split_is_refused_with_the_reason(tmp_path, capsys
     model = shutil.copytree(DEMO_MODEL, tmp_path / "model")
     config = model / "unet" / "config.json"
     config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"mid_block_type": "UNetMidBlock2D"})
+        json.dumps(json.loads(config.read_text()) | {"time_embedding_act_fn": "silu"})
     )
     code, err = _refusal(capsys, str(model), "-o", str(tmp_path / "out"))
     assert code == 1
     assert err == (
-        "cq-edge: error: the UNet's middle block is UNetMidBlock2D: only UNetMidBlock2DCrossAttn "
-        "is known"
+        "cq-edge: error: the UNet has time_embedding_act_fn = 'silu', an input or a path that the "
+        "graphs lack"
     )
     assert not (tmp_path / "out").exists()
 

@@ -41,8 +41,8 @@ def test_a_prompt_becomes_the_picture_that_the_runtime_makes_of_it(
     assert code == 0
     assert "a-red-star-on-blue.png  seed 7" in out
     bundle, engine = open_bundle(home / "bundle"), FakeEngine()
-    prompt, _ = encode_prompt(engine, bundle.tokenizer(), STAR)
-    negative, _ = encode_prompt(engine, bundle.tokenizer(), "")
+    prompt, _ = encode_prompt(engine, bundle.tokenizers(), STAR)
+    negative, _ = encode_prompt(engine, bundle.tokenizers(), "")
     scheduler = make_noise_scheduler("ddim", 10, NoiseScheduleConfig())
     table = reuse_table()
     schedule = best_with_full_steps(table.reuse_errors(), 4)

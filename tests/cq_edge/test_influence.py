@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 
 from cq_edge.influence import noise_influence, reuse_influence, step_influence
-from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
+from cq_edge.noise_scheduler import (
+    NAMES,
+    PREDICTION_TYPES,
+    NoiseScheduleConfig,
+    make_noise_scheduler,
+)
 
 
 def _final(noise_scheduler, predictions, start):
@@ -28,20 +33,26 @@ def test_an_error_in_one_prediction_moves_the_final_latents_by_its_influence(nam
         np.testing.assert_allclose(moved, 0.25 * influence[step], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_denoiser_of_gaussian_data_mends_what_the_influence_says(name):
-    noise_scheduler, spread = make_noise_scheduler(name, 9, NoiseScheduleConfig()), 0.5
-    total = len(noise_scheduler.timesteps)
+def test_a_denoiser_of_gaussian_data_mends_what_the_influence_says(name, prediction_type):
+    config, spread = NoiseScheduleConfig(prediction_type=prediction_type), 0.5
+    noise_scheduler = make_noise_scheduler(name, 9, config)
 
     def final(error_at):
         latents, history = np.full(3, 0.7), ()
         for step, sigma in enumerate(noise_scheduler.sigmas):
             unit_signal = noise_scheduler.model_input(latents, step) * np.sqrt(1 + sigma**2)
-            # of data with mean 0: what is expected of the noise in such latents
-            noise_pred = unit_signal * sigma / (spread**2 + sigma**2) + 0.25 * (step == error_at)
-            latents, history = noise_scheduler.advance(latents, noise_pred, step, history)
+            # of data with mean 0: what is to be expected of the noise and of the data
+            noise = unit_signal * sigma / (spread**2 + sigma**2)
+            clean = unit_signal - sigma * noise
+            v = (noise - sigma * clean) / np.sqrt(1 + sigma**2)
+            prediction = noise if prediction_type == "epsilon" else v
+            prediction = prediction + 0.25 * (step == error_at)
+            latents, history = noise_scheduler.advance(latents, prediction, step, history)
         return latents
 
+    total = len(noise_scheduler.timesteps)
     moved = [final(step)[0] - final(None)[0] for step in range(total)]
     found = step_influence(noise_scheduler, spread)
     np.testing.assert_allclose(moved, 0.25 * found, rtol=1e-6, atol=1e-9)

@@ -57,7 +57,7 @@ def manifest(**change):
         graphs={name: graph(name) for name in ("encode", "denoise", "denoise_shallow", "decode")},
         noise_schedule=NoiseScheduleConfig(),
         defaults=Defaults("pndm", 50, 7.5, 17),
-        tokenizer=TokenizerEntry("tokenizer/vocab.json", "tokenizer/merges.txt"),
+        tokenizers=(TokenizerEntry("tokenizer/vocab.json", "tokenizer/merges.txt"),),
         reuse_tables=(ReuseTableEntry("reuse_pndm_50.npz", "pndm", 50),),
         conditions={"torch": "2.13.0", "threads": 2, "hours": 0.5},
     )
@@ -277,7 +277,7 @@ WRONG = [
         setter(1, "graphs", "denoise", "inputs", 0, "colour"),
         ": key graphs.denoise.inputs[0].colour is unknown: known here are name, shape, dtype",
     ),
-    (remover("tokenizer", "vocab"), ": key tokenizer.vocab is missing"),
+    (remover("tokenizers", 0, "vocab"), ": key tokenizers[0].vocab is missing"),
     (remover("noise_schedule"), ": key noise_schedule is missing"),
     (
         setter("50", "defaults", "steps"),
@@ -315,11 +315,19 @@ WRONG = [
         setter(1.5, "graphs", "decode", "delegated_macs_share"),
         ": graphs.decode: delegated_macs_share is 1.5: a share lies in 0 to 1",
     ),
-    (setter("one_call", "guidance"), ': guidance is "one_call": it must be "two_calls"'),
+    (
+        setter("one_call", "guidance"),
+        ': guidance is "one_call": it must be "two_calls" or "embedded" or "none"',
+    ),
+    (
+        setter([], "tokenizers"),
+        ": there are 0 tokenizers, and encode takes 1 inputs: there must be one for each",
+    ),
     (setter(0, "image_px", "width"), ": image_px: width is 0: it must be 1 or more"),
     (
         setter("ddpm", "defaults", "noise_scheduler"),
-        ': defaults: noise_scheduler is "ddpm": it must be one of ddim, pndm, euler, dpmsolver++',
+        ': defaults: noise_scheduler is "ddpm": it must be one of ddim, pndm, euler, dpmsolver++, '
+        "lcm",
     ),
     (
         setter("sigmoid", "noise_schedule", "beta_schedule"),
@@ -336,13 +344,16 @@ WRONG = [
     ),
     (
         remover("files", "tokenizer/vocab.json"),
-        ': tokenizer.vocab is "tokenizer/vocab.json", which "files" does not list',
+        ': tokenizers[0].vocab is "tokenizer/vocab.json", which "files" does not list',
     ),
     (
         setter(10**400, "defaults", "guidance_scale"),
         f": defaults.guidance_scale is a whole number ({10**400}): it must be a number",
     ),
-    (setter(2, "tokenizer", "max_length"), ": tokenizer: max_length is 2: it must be 3 or more"),
+    (
+        setter(2, "tokenizers", 0, "max_length"),
+        ": tokenizers[0]: max_length is 2: it must be 3 or more",
+    ),
 ]
 
 

@@ -13,6 +13,7 @@ from cq_edge.planner import (
     best_within_ms,
     plan_frontier,
     plan_with_full_steps,
+    too_few_to_reuse,
 )
 from cq_edge.reuse_table import ReuseTable
 
@@ -129,3 +130,14 @@ def test_an_impossible_budget_says_what_is_possible():
     message = r"^no plan is 9 times faster than every step full on this device: the fastest is "
     with pytest.raises(UsageError, match=message):
         best_at_speedup(frontier, 9)
+
+
+def test_a_loop_of_few_steps_is_told_to_run_them_all_full():
+    assert too_few_to_reuse(5) is None
+    assert too_few_to_reuse(50) is None
+    rest = (
+        " next to nothing to reuse: features change too much between so few, so every step of the "
+        "default plan is full, and what is gained here is the smaller, faster graph"
+    )
+    assert too_few_to_reuse(4) == f"4 steps have{rest}"
+    assert too_few_to_reuse(1) == f"a single step has{rest}"

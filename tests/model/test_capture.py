@@ -74,7 +74,7 @@ def _with_guided(branches, scale):
 def _prompts(count):
     generator = torch.Generator().manual_seed(0)
     make = lambda: torch.randn(1, 77, 8, generator=generator)  # noqa: E731
-    return [(make(), make()) for _ in range(count)]
+    return [((make(),), (make(),)) for _ in range(count)]
 
 
 def _scheduler():

@@ -26,7 +26,7 @@ def test_a_folder_without_an_index_is_no_pipeline(tmp_path):
         load_pipeline(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path} is no diffusers pipeline: it has no model_index.json; give the folder that "
-        "StableDiffusionPipeline.save_pretrained wrote"
+        "a pipeline's save_pretrained wrote, or a single .safetensors file"
     )
 
 
@@ -45,7 +45,9 @@ def test_another_kind_of_pipeline_is_refused_by_name(copied):
     with pytest.raises(ModelError) as caught:
         load_pipeline(copied)
     assert str(caught.value) == (
-        f"{copied} holds a FluxPipeline; cq-edge builds from a StableDiffusionPipeline so far"
+        f"{copied} holds a FluxPipeline; cq-edge builds from StableDiffusionPipeline, "
+        "StableDiffusionXLPipeline, LatentConsistencyModelPipeline, DDPMPipeline, DDIMPipeline, "
+        "LDMPipeline"
     )
 
 

@@ -30,7 +30,7 @@ def rewritten():
 
 def choose(full, compression, **changes):
     generator = torch.Generator().manual_seed(0)
-    prompts = [tuple(torch.randn(2, 1, 77, 32, generator=generator))]
+    prompts = [tuple((told,) for told in torch.randn(2, 1, 77, 32, generator=generator))]
     scheduler = make_noise_scheduler("ddim", 2, NoiseScheduleConfig())
     return choose_four_bits(full, compression, prompts, scheduler, (4, 8, 8), 3.0, **changes)
 

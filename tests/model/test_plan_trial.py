@@ -11,7 +11,7 @@ from cq_edge.model.trajectory import Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 from cq_edge.reuse_table import ReuseTable
 
-_PROMPTS = [(torch.zeros(1, 77, 8), torch.ones(1, 77, 8))] * 2
+_PROMPTS = [((torch.zeros(1, 77, 8),), (torch.ones(1, 77, 8),))] * 2
 
 
 def _loop(steps):

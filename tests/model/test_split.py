@@ -93,13 +93,14 @@ def test_a_unet_that_can_be_split_is_not_refused():
         (
             {"down_block_types": ("SimpleCrossAttnDownBlock2D", "DownBlock2D")},
             1,
-            "the UNet has a SimpleCrossAttnDownBlock2D: only CrossAttnDownBlock2D and DownBlock2D "
-            "can be split",
+            "the UNet has a SimpleCrossAttnDownBlock2D: only CrossAttnDownBlock2D and "
+            "AttnDownBlock2D and DownBlock2D can be split",
         ),
         (
-            {"mid_block_type": "UNetMidBlock2D"},
+            {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
             1,
-            "the UNet's middle block is UNetMidBlock2D: only UNetMidBlock2DCrossAttn is known",
+            "the UNet's middle block is UNetMidBlock2DSimpleCrossAttn: only "
+            "UNetMidBlock2DCrossAttn and UNetMidBlock2D are known",
         ),
         (
             {},

@@ -1,7 +1,7 @@
 """Real model classes at sizes that run in a moment."""
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -35,6 +35,37 @@ def tiny_vae(*, attention: bool = True) -> AutoencoderKL:
             latent_channels=4,
             mid_block_add_attention=attention,
             scaling_factor=0.18215,
+        ).eval()
+    )
+
+
+def tiny_unconditional(**changes: object) -> UNet2DModel:
+    torch.manual_seed(0)
+    settings: dict[str, object] = {
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 8,
+        "norm_num_groups": 4,
+    }
+    return lively(UNet2DModel(**{**settings, **changes}).eval())
+
+
+def tiny_vq() -> VQModel:
+    torch.manual_seed(0)
+    return lively(
+        VQModel(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=3,
+            num_vq_embeddings=32,
+            norm_num_groups=4,
+            scaling_factor=0.5,
         ).eval()
     )
 

@@ -14,7 +14,7 @@ from tests.tiny_bundle import reuse_table
 def test_an_open_bundle_gives_its_tokenizer_and_tables(bundle: Bundle) -> None:
     assert bundle.calibrated() == (("ddim", 10),)
     assert np.array_equal(bundle.reuse_table("ddim", 10).gain, reuse_table().gain, equal_nan=True)
-    assert bundle.tokenizer().encode("a red star")[0].shape == (1, 77)
+    assert bundle.tokenizers()[0].encode("a red star")[0].shape == (1, 77)
     assert bundle.path("graphs.pte").is_file()
 
 

@@ -9,8 +9,10 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
 )
+from diffusers.schedulers import scheduling_lcm
 from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
@@ -23,7 +25,7 @@ from cq_edge.noise_scheduler import (
     make_noise_scheduler,
 )
 from runtime.denoise import Guidance, StepRecord, denoise
-from runtime.generate import initial_latents
+from runtime.generate import initial_latents, noises
 from tests.tiny_bundle import MAX_GAP, SIDE, STEPS, WIDTH, FakeEngine, reuse_table
 
 DIFFUSERS = {
@@ -31,6 +33,7 @@ DIFFUSERS = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
     "euler": (EulerDiscreteScheduler, {}),
     "dpmsolver++": (DPMSolverMultistepScheduler, {}),
+    "lcm": (LCMScheduler, {}),
 }
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -47,7 +50,7 @@ def embeddings(seed: int) -> NDArray[np.float32]:
 
 
 def guidance(scale: float = 5.0) -> Guidance:
-    return Guidance(embeddings(1), embeddings(2), scale)
+    return Guidance({"embeddings": embeddings(1)}, {"embeddings": embeddings(2)}, scale)
 
 
 def records(
@@ -62,8 +65,14 @@ def records(
 
 @pytest.mark.parametrize("scale", [1.0, 5.0, 0.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_all_full_plan_equals_an_uncached_loop_of_diffusers(name: str, scale: float) -> None:
+def test_an_all_full_plan_equals_an_uncached_loop_of_diffusers(
+    name: str, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, given = FakeEngine(), guidance(scale)
+    fresh, told = noises(SHAPE, 4), noises(SHAPE, 4)
+    monkeypatch.setattr(
+        scheduling_lcm, "randn_tensor", lambda *_, **__: torch.from_numpy(next(told))
+    )
 
     def network(latents: NDArray[Any], timestep: float, which: NDArray[Any]) -> NDArray[Any]:
         t = np.array([timestep], np.float32)
@@ -86,10 +95,18 @@ def test_an_all_full_plan_equals_an_uncached_loop_of_diffusers(name: str, scale:
         expected.append(latents.numpy())
 
     schedule = CacheSchedule.all_full(len(ours.timesteps))
-    found = [r.latents for r in denoise(FakeEngine(), ours, schedule, start, given)]
+    found = [r.latents for r in denoise(FakeEngine(), ours, schedule, start, given, noise=fresh)]
     assert len(found) == len(expected)
     for mine, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-4 * max(1, np.abs(other).max()))
+
+
+def test_a_noise_scheduler_that_adds_noise_is_to_be_given_some() -> None:
+    scheduler = make_noise_scheduler("lcm", 4, NoiseScheduleConfig())
+    schedule = CacheSchedule.all_full(4)
+    with pytest.raises(ScheduleError) as caught:
+        denoise(FakeEngine(), scheduler, schedule, initial_latents(SHAPE, 3, 1.0), guidance())
+    assert str(caught.value) == "lcm adds noise after its steps: give it some"
 
 
 def test_an_all_full_plan_equals_the_uncached_loop_bit_for_bit() -> None:
@@ -277,13 +294,14 @@ def test_a_table_of_other_timesteps_is_refused() -> None:
 
 
 def test_guidance_needs_a_negative_prompt_unless_its_scale_is_1() -> None:
-    assert Guidance(embeddings(1), None, 1.0).branches[0] is not None
+    told = {"embeddings": embeddings(1)}
+    assert Guidance(told, None, 1.0).branches == (told,)
     with pytest.raises(ScheduleError) as caught:
-        Guidance(embeddings(1), None, 7.5)
+        Guidance(told, None, 7.5)
     assert str(caught.value) == (
         "guidance scale 7.5 needs the embeddings of a negative prompt (of the empty one, if "
         "there is none); only scale 1 goes without"
     )
     with pytest.raises(ScheduleError) as caught:
-        Guidance(embeddings(1), embeddings(2), float("nan"))
+        Guidance(told, told, float("nan"))
     assert str(caught.value) == "guidance scale is nan: it must be a finite number"
