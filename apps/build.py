@@ -5,7 +5,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -84,6 +84,21 @@ examples:
   cq-edge build -o demo --steps 20 --scheduler ddim  calibrated for other defaults
   cq-edge build -o float --quantization none         float32, to compare with
   cq-edge build -o demo --backend executorch,coreml  for both toolchains"""
+
+
+@dataclass(slots=True)
+class _Stages:
+    """The build's stages as they end: seconds each took, and the process's peak memory so far."""
+
+    ended: float
+    done: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def end(self, name: str) -> None:
+        """Takes down that everything since the last stage's end was this stage."""
+        now = perf_counter()
+        peak = round(peak_memory_mib(), 1)
+        self.done[name] = {"seconds": round(now - self.ended, 1), "peak_memory_mib": peak}
+        self.ended = now
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +260,7 @@ def run(args: argparse.Namespace) -> int:
         CQEdgeError: It could not be built; nothing is left behind.
     """
     start = perf_counter()
+    stages = _Stages(start)
     check_replaceable(args.output, force=args.force)
     if args.max_gap < 1:
         raise UsageError(f"--max-gap is {args.max_gap}: a shallow step needs 1 or more")
@@ -259,6 +275,7 @@ def run(args: argparse.Namespace) -> int:
         from cq_edge.model.vocabulary import write_vocabulary
 
         pipeline = load_pipeline(args.model)
+    stages.end("load")
     if prompts is None:
         prompts = tuple(scene_prompts(8)) if args.model is None else WORLD_PROMPTS
     scale = args.guidance_scale
@@ -285,15 +302,19 @@ def run(args: argparse.Namespace) -> int:
     )
     packages = coreml_options(args, config.compression) if "coreml" in args.backend else None
     optimized = _optimize(pipeline, config, args.backend)
+    stages.end("optimize")
     defaults = Defaults(args.scheduler, args.steps, scale, full_steps)
     builds: dict[str, _Build] = {}
     with written_beside(args.output) as folder:
         specs = _specs(optimized, pipeline)
         exported = _export(optimized, specs, folder) if "executorch" in args.backend else None
+        optimized = optimized.exported()
+        stages.end("export")
         runs = calibration_steps(len(prompts), totals)
         with tqdm(total=runs, desc="calibrate", unit="step") as progress:
             step = progress.update
             calibrations = _calibrate(pipeline, config, optimized, specs, folder, step)
+        stages.end("calibrate")
         inputs = parity_inputs(pipeline, config, calibrations[0])
         for backend in args.backend:
             if backend == "coreml" and packages is not None:
@@ -316,7 +337,9 @@ def run(args: argparse.Namespace) -> int:
         conditions = _conditions(args.quantization, summaries, packages)
         manifest = _manifest(name, optimized, pipeline, builds, defaults, tables, conditions)
         write_manifest(folder, manifest)
-    _report(args, _summary(args.output, summaries, perf_counter() - start), builds)
+    stages.end("check")
+    summary = _summary(args.output, summaries, perf_counter() - start)
+    _report(args, {**summary, "stages": stages.done}, builds)
     return 0
 
 

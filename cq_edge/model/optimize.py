@@ -74,6 +74,12 @@ class Optimized:
     feature_channels: int
     consumed_channels: int
 
+    def exported(self) -> "Optimized":
+        """Returns what is still needed once files hold the graphs: of the edge modules, the
+        shallow one, whose layers are fitted to."""
+        kept = {name: self.edge[name] for name in ("denoise_shallow",) if name in self.edge}
+        return replace(self, edge=kept)
+
 
 def optimize(
     pipeline: StableDiffusionPipeline,
