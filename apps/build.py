@@ -338,8 +338,12 @@ def run(args: argparse.Namespace) -> int:
         manifest = _manifest(name, optimized, pipeline, builds, defaults, tables, conditions)
         write_manifest(folder, manifest)
     stages.end("check")
-    summary = _summary(args.output, summaries, perf_counter() - start)
-    _report(args, {**summary, "stages": stages.done}, builds)
+    summary = {
+        **_summary(args.output, summaries, perf_counter() - start),
+        "unet_float32_bytes": _float32_bytes(pipeline),
+        "stages": stages.done,
+    }
+    _report(args, summary, builds)
     return 0
 
 
