@@ -33,6 +33,7 @@ from apps.engines import BACKENDS
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
 from apps.replacing import check_replaceable, written_beside
+from apps.whole_number import at_least
 from cq_edge import __version__
 from cq_edge.checks import CHECKS_FILE, Check, Checks, save_checks
 from cq_edge.errors import UsageError
@@ -223,7 +224,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-gap", type=int, default=10, metavar="N", help="the furthest that a feature is "
         "reused, in steps (default: %(default)s)")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="prompts to calibrate with, one a line "
-        "(default: a shipped set)")  # fmt: skip
+        "(default: a shipped set of 8)")  # fmt: skip
+    add("--calibration-prompts", type=at_least(1), metavar="N", help="calibrate with the first N "
+        "prompts alone: time goes with prompts times steps, at 512×512 an hour a prompt or so "
+        "(default: all)")  # fmt: skip
     add("--shallow-layers", type=int, default=1, metavar="N", help="layers of the last up block "
         "in the shallow graph (default: %(default)s)")  # fmt: skip
     add("--quantization", choices=tuple(_FLOORS_DB), default="int8", help="of the UNet (default: "
@@ -278,6 +282,7 @@ def run(args: argparse.Namespace) -> int:
     stages.end("load")
     if prompts is None:
         prompts = tuple(scene_prompts(8)) if args.model is None else WORLD_PROMPTS
+    prompts = _first(prompts, args.calibration_prompts)
     scale = args.guidance_scale
     if scale is None:
         scale = _DEMO_GUIDANCE if args.model is None else _USUAL_GUIDANCE
@@ -366,6 +371,16 @@ def _other_steps(text: str) -> tuple[str, int]:
             f"schedulers are {', '.join(NAMES)}"
         )
     return name, int(steps)
+
+
+def _first(prompts: tuple[str, ...], asked: int | None) -> tuple[str, ...]:
+    """Returns the prompts that calibrate; refuses to find more than there are."""
+    if asked is not None and asked > len(prompts):
+        raise UsageError(
+            f"--calibration-prompts is {asked}, and there are {len(prompts)} prompts: give more "
+            "with --prompts FILE"
+        )
+    return prompts[:asked]
 
 
 def _full_steps(asked: int | None, total: int, max_gap: int) -> int:

@@ -62,6 +62,7 @@ def test_a_unet_that_cannot_be_split_is_refused_with_the_reason(tmp_path, capsys
         (("--also", "pndm"), 2, "--also 'pndm' is no noise scheduler with steps, such as "),
         (("--full-steps", "99"), 2, "--full-steps is 99: 51 steps with --max-gap 10 take 5 to 51"),
         (("--max-gap", "0"), 2, "--max-gap is 0: a shallow step needs 1 or more"),
+        (("--calibration-prompts", "9"), 2, "9, and there are 8 prompts: give more with --prompts"),
         (("--prompts", "nowhere.txt"), 2, "--prompts nowhere.txt cannot be read"),
         (("--target-bytes", "0"), 2, "--target-bytes is 0: it must be 1 or more"),
         (("--target-bytes", "1000000"), 2, "possible it is 6."),
