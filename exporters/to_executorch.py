@@ -63,13 +63,14 @@ def export_executorch(modules: Modules, path: Path) -> ExportReport:
                     compile_config=EdgeCompileConfig(_check_ir_validity=False),
                 )
             graphs = {name: operator_report(edge.exported_program(name)) for name in modules}
-            content = edge.to_executorch().buffer
+            program = edge.to_executorch()
         except Exception as error:
             raise ExportError(f"{', '.join(modules)} could not be lowered: {error}") from error
     beside = path.with_name(f"{path.name}.partial")
-    beside.write_bytes(content)
+    with beside.open("wb") as file:
+        program.write_to_file(file)
     beside.replace(path)
-    return ExportReport(len(content), graphs)
+    return ExportReport(path.stat().st_size, graphs)
 
 
 def example_inputs(spec: GraphSpec) -> tuple[Tensor, ...]:
