@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cq_edge.errors import UsageError
 from cq_edge.model.capture import RUNS, Calibration, capture
+from cq_edge.model.eight_bit_unet import eight_bit_unet
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
 from cq_edge.model.mixed_precision import choose_four_bits
 from cq_edge.model.plan_trial import final_latents, scaled_to_trial, typical_distance
@@ -18,7 +19,7 @@ from cq_edge.model.prompts import embed_prompts, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.reuse_trial import Consumers, ShallowGraph
 from cq_edge.model.rewrite import rewrite_for_xnnpack
-from cq_edge.model.split import ShallowUNet, split_unet
+from cq_edge.model.split import FullUNet, ShallowUNet, split_unet
 from cq_edge.model.trajectory import FullGraph, Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
@@ -98,11 +99,7 @@ def optimize(
         UsageError: If the compression asked for cannot be had.
     """
     full, shallow = split_unet(pipeline.unet, config.shallow_layers)
-    both = rewrite_for_xnnpack(nn.ModuleList([full, shallow]))
-    if config.quantization == "int8":
-        chosen = _four_bits(pipeline, config, both[0], on_layer)
-        both = quantize_for_xnnpack(both, four_bits={f"0.{name}" for name in chosen})
-    edge_full, edge_shallow = both
+    edge_full, edge_shallow = _edge_unet(pipeline, config, full, shallow, on_layer)
     reference = _reference(pipeline, full, shallow)
     edge: dict[str, nn.Module] = {
         "encode": rewrite_for_xnnpack(EncodeGraph(pipeline.text_encoder)),
@@ -237,19 +234,36 @@ class _FirstOutput(nn.Module):
         return first
 
 
+def _edge_unet(
+    pipeline: StableDiffusionPipeline,
+    config: OptimizeConfig,
+    full: FullUNet,
+    shallow: ShallowUNet,
+    on_layer: Callable[[], object],
+) -> nn.ModuleList:
+    """Returns the full and the shallow graph as ExecuTorch exports them."""
+    if config.quantization == "none":
+        return rewrite_for_xnnpack(nn.ModuleList([full, shallow]))
+    if config.compression is None:
+        return eight_bit_unet(full, shallow)
+    # layers are tried at four bits in the whole rewritten graph
+    both = rewrite_for_xnnpack(nn.ModuleList([full, shallow]))
+    chosen = _four_bits(pipeline, config, config.compression, both[0], on_layer)
+    return quantize_for_xnnpack(both, four_bits={f"0.{name}" for name in chosen})
+
+
 def _four_bits(
     pipeline: StableDiffusionPipeline,
     config: OptimizeConfig,
+    compression: float,
     full: nn.Module,
     on_layer: Callable[[], object],
 ) -> frozenset[str]:
     """Returns the layers of the rewritten full graph that are to have four bits."""
-    if config.compression is None:
-        return frozenset()
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
     return choose_four_bits(
         full,
-        config.compression,
+        compression,
         embed_prompts(pipeline, config.prompts[:_TRIAL_PROMPTS]),
         make_noise_scheduler("ddim", _TRIAL_STEPS, noise_schedule),
         _latents_shape(pipeline),
