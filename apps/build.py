@@ -312,8 +312,15 @@ def run(args: argparse.Namespace) -> int:
     builds: dict[str, _Build] = {}
     with written_beside(args.output) as folder:
         specs = _specs(optimized, pipeline)
-        exported = _export(optimized, specs, folder) if "executorch" in args.backend else None
-        optimized = optimized.exported()
+        exported = None
+        if "executorch" in args.backend:
+            # lowering holds several copies of the graphs: the float UNet makes room for them
+            del pipeline
+            optimized = optimized.released()
+            exported = _export(optimized, specs, folder)
+            with quiet_toolchains():
+                pipeline = load_pipeline(args.model)
+            optimized = optimized.exported(pipeline, config)
         stages.end("export")
         runs = calibration_steps(len(prompts), totals)
         with tqdm(total=runs, desc="calibrate", unit="step") as progress:

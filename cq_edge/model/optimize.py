@@ -75,11 +75,16 @@ class Optimized:
     feature_channels: int
     consumed_channels: int
 
-    def exported(self) -> "Optimized":
-        """Returns what is still needed once files hold the graphs: of the edge modules, the
-        shallow one, whose layers are fitted to."""
-        kept = {name: self.edge[name] for name in ("denoise_shallow",) if name in self.edge}
-        return replace(self, edge=kept)
+    def released(self) -> "Optimized":
+        """Returns what is exported, and no longer holds the float modules of it."""
+        return replace(self, reference={})
+
+    def exported(self, pipeline: StableDiffusionPipeline, config: OptimizeConfig) -> "Optimized":
+        """Returns what is needed once files hold the graphs: the float modules, of the pipeline
+        loaded again, and of the edge ones the shallow, whose layers are fitted to."""
+        reference = _reference(pipeline, *split_unet(pipeline.unet, config.shallow_layers))
+        edge = {"denoise_shallow": self.edge["denoise_shallow"]}
+        return replace(self, reference=reference, edge=edge)
 
 
 def optimize(
