@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -61,7 +62,8 @@ if TYPE_CHECKING:
     from exporters.graph_spec import GraphSpec
     from exporters.method_bytes import MethodBytes
     from exporters.operator_report import OperatorReport
-    from exporters.parity import Arrays, Graph, ParityReport
+    from exporters.parity import Arrays, ParityReport
+    from exporters.to_executorch import OneGraphAtATime
 
 GRAPHS_FILE = "graphs.pte"
 # least parity in dB: float32 graphs differ by rounding alone, int8 ones by their quantisation,
@@ -104,10 +106,9 @@ class _Stages:
 
 @dataclass(frozen=True, slots=True)
 class _GraphResult:
-    """One exported graph: as a function, what it takes, how it agrees, where its operators run."""
+    """One exported graph: its shapes, what it takes, how it agrees, where its operators run."""
 
     spec: "GraphSpec"
-    run: "Graph"
     size: "MethodBytes"
     parity: "ParityReport"
     operators: "OperatorReport"
@@ -156,6 +157,7 @@ class _Build(Protocol):
 class _ExecuTorchBuild:
     """The graphs in `GRAPHS_FILE`, by name."""
 
+    graphs: "OneGraphAtATime"
     results: Mapping[str, _GraphResult]
 
     def entries(self) -> dict[str, GraphEntry]:
@@ -164,7 +166,7 @@ class _ExecuTorchBuild:
 
     def run(self, graph: str, inputs: Mapping[str, "NDArray[Any]"]) -> "Arrays":
         """Returns a graph's outputs by name."""
-        return self.results[graph].run(inputs)
+        return self.graphs.run(graph, inputs)
 
     def summary(self, float32_bytes: int) -> dict[str, Any]:
         """Returns what `--json` prints; sizes count programs too."""
@@ -512,23 +514,23 @@ def _check(
     from exporters.method_bytes import method_bytes
     from exporters.module_graph import module_graph
     from exporters.parity import check_parity
-    from exporters.to_executorch import load_graph
+    from exporters.to_executorch import OneGraphAtATime
 
     path, results = folder / GRAPHS_FILE, {}
+    graphs = OneGraphAtATime(path, specs)
     sizes = method_bytes(path)
     with tqdm(specs.items(), desc="check", unit="graph") as progress:
         for name, spec in progress:
             progress.set_postfix_str(f"{name} against the float module")
-            run = load_graph(path, spec)
             parity = check_parity(
                 name,
                 module_graph(optimized.reference[name], spec),
-                run,
+                partial(graphs.run, name),
                 inputs[name],
                 _FLOORS_DB[quantization if name in _UNET_GRAPHS else "none"],
             )
-            results[name] = _GraphResult(spec, run, sizes[name], parity, exported[name])
-    return _ExecuTorchBuild(results)
+            results[name] = _GraphResult(spec, sizes[name], parity, exported[name])
+    return _ExecuTorchBuild(graphs, results)
 
 
 def _coreml(
@@ -573,7 +575,8 @@ def _save_checks(
     checks: dict[str, list[Check]] = {}
     for graph, spec in specs.items():
         reference = module_graph(optimized.reference[graph], spec)
-        for arrays in (inputs[graph][0], inputs[graph][-1]):
+        between = max(1, len(inputs[graph]) - 1)
+        for arrays in inputs[graph][::between]:
             exported = {
                 BACKENDS[backend]: build.run(graph, arrays) for backend, build in builds.items()
             }

@@ -106,6 +106,26 @@ def load_graph(path: Path, spec: GraphSpec) -> Callable[[Arrays], dict[str, NDAr
     return run
 
 
+class OneGraphAtATime:
+    """Runs a file's methods with one of them loaded: a loaded graph has its weights in memory."""
+
+    def __init__(self, path: Path, specs: Mapping[str, GraphSpec]) -> None:
+        self._path = path
+        self._specs = specs
+        self._loaded: tuple[str, Callable[[Arrays], Arrays]] | None = None
+
+    def run(self, name: str, arrays: Arrays) -> Arrays:
+        """Returns a method's outputs by name.
+
+        Raises:
+            ExportError: If the file has no such method.
+        """
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = None  # before the next is there
+            self._loaded = name, load_graph(self._path, self._specs[name])
+        return self._loaded[1](arrays)
+
+
 def tensor_function(
     graph: Callable[[Arrays], dict[str, NDArray[np.generic]]], spec: GraphSpec
 ) -> Callable[..., Any]:
