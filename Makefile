@@ -10,7 +10,7 @@ ALSO := --also dpmsolver++:12 --also dpmsolver++:16 --also dpmsolver++:20
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo figures evaluate test test-all lint train-demo-model clean
+.PHONY: help setup demo figures evaluate full-size test test-all lint train-demo-model clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -50,6 +50,10 @@ evaluate: setup ## compare smaller bundles with float32 and rank plans (out/eval
 		--speedup 8 --captions 64 --frontier-captions 0 --json docs/evaluation_8x_6x.json --force
 	$(BIN)/python -m benchmarks.plan_ranking $(EVALUATE)/bundle --reference $(EVALUATE)/float32 \
 		--captions 12 --threads 1
+
+full-size: setup ## what a model of Stable Diffusion 1.5's size takes (docs/benchmarks.md; 6 GB of disk)
+	$(BIN)/python -m tools.random_pipeline sd15 out/models/sd15 --force
+	$(BIN)/python -m benchmarks.full_size out/models/sd15
 
 train-demo-model: setup ## train, package and judge the demo model (hours on a CPU)
 	$(BIN)/python -m tools.train_demo_model

@@ -5,7 +5,8 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,6 +35,7 @@ from apps.model_options import add_model_arguments, load_model, model_conditions
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
 from apps.replacing import check_replaceable, written_beside
+from apps.whole_number import at_least
 from cq_edge import __version__
 from cq_edge.checks import CHECKS_FILE, Check, Checks, save_checks
 from cq_edge.errors import UsageError
@@ -62,7 +64,8 @@ if TYPE_CHECKING:
     from exporters.graph_spec import GraphSpec
     from exporters.method_bytes import MethodBytes
     from exporters.operator_report import OperatorReport
-    from exporters.parity import Arrays, Graph, ParityReport
+    from exporters.parity import Arrays, ParityReport
+    from exporters.to_executorch import OneGraphAtATime
 
 GRAPHS_FILE = "graphs.pte"
 # least parity in dB: float32 graphs differ by rounding alone, int8 ones by their quantisation,
@@ -93,12 +96,26 @@ examples:
   cq-edge build -o demo --backend executorch,coreml  for both toolchains"""
 
 
+@dataclass(slots=True)
+class _Stages:
+    """The build's stages as they end: seconds each took, and the process's peak memory so far."""
+
+    ended: float
+    done: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def end(self, name: str) -> None:
+        """Takes down that everything since the last stage's end was this stage."""
+        now = perf_counter()
+        peak = round(peak_memory_mib(), 1)
+        self.done[name] = {"seconds": round(now - self.ended, 1), "peak_memory_mib": peak}
+        self.ended = now
+
+
 @dataclass(frozen=True, slots=True)
 class _GraphResult:
-    """One exported graph: as a function, what it takes, how it agrees, where its operators run."""
+    """One exported graph: its shapes, what it takes, how it agrees, where its operators run."""
 
     spec: "GraphSpec"
-    run: "Graph"
     size: "MethodBytes"
     parity: "ParityReport"
     operators: "OperatorReport"
@@ -147,6 +164,7 @@ class _Build(Protocol):
 class _ExecuTorchBuild:
     """The graphs in `GRAPHS_FILE`, by name."""
 
+    graphs: "OneGraphAtATime"
     results: Mapping[str, _GraphResult]
 
     def entries(self) -> dict[str, GraphEntry]:
@@ -155,7 +173,7 @@ class _ExecuTorchBuild:
 
     def run(self, graph: str, inputs: Mapping[str, "NDArray[Any]"]) -> "Arrays":
         """Returns a graph's outputs by name."""
-        return self.results[graph].run(inputs)
+        return self.graphs.run(graph, inputs)
 
     def summary(self, float32_bytes: int) -> dict[str, Any]:
         """Returns what `--json` prints; sizes count programs too."""
@@ -215,7 +233,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-gap", type=int, default=10, metavar="N", help="the furthest that a feature is "
         "reused, in steps (default: %(default)s)")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="prompts to calibrate with, one a line "
-        "(default: a shipped set)")  # fmt: skip
+        "(default: a shipped set of 8)")  # fmt: skip
+    add("--calibration-prompts", type=at_least(1), metavar="N", help="calibrate with the first N "
+        "prompts alone: time goes with prompts times steps, at 512×512 an hour a prompt or so "
+        "(default: all)")  # fmt: skip
     add("--shallow-layers", type=int, default=1, metavar="N", help="layers of the last up block "
         "in the shallow graph (default: %(default)s)")  # fmt: skip
     add("--quantization", choices=tuple(_FLOORS_DB), default="int8", help="of the UNet (default: "
@@ -252,6 +273,7 @@ def run(args: argparse.Namespace) -> int:
         CQEdgeError: It could not be built; nothing is left behind.
     """
     start = perf_counter()
+    stages = _Stages(start)
     check_replaceable(args.output, force=args.force)
     if args.max_gap < 1:
         raise UsageError(f"--max-gap is {args.max_gap}: a shallow step needs 1 or more")
@@ -266,8 +288,10 @@ def run(args: argparse.Namespace) -> int:
         from cq_edge.model.vocabulary import write_vocabulary
 
         pipeline = load_model(args)
+    stages.end("load")
     if prompts is None:
         prompts = tuple(scene_prompts(8)) if args.model is None else WORLD_PROMPTS
+    prompts = _first(prompts, args.calibration_prompts)
     kind = guidance_kind(pipeline)
     name, steps = _sampler(args, pipeline, kind)
     scale = args.guidance_scale
@@ -298,15 +322,26 @@ def run(args: argparse.Namespace) -> int:
     )
     packages = coreml_options(args, config.compression) if "coreml" in args.backend else None
     optimized = _optimize(pipeline, config, args.backend)
+    stages.end("optimize")
     defaults = Defaults(name, steps, scale, full_steps)
     builds: dict[str, _Build] = {}
     with written_beside(args.output) as folder:
         specs = _specs(optimized, pipeline)
-        exported = _export(optimized, specs, folder) if "executorch" in args.backend else None
+        exported = None
+        if "executorch" in args.backend:
+            # lowering holds several copies of the graphs: the float UNet makes room for them
+            del pipeline
+            optimized = optimized.released()
+            exported = _export(optimized, specs, folder)
+            with quiet_toolchains():
+                pipeline = load_model(args)
+            optimized = optimized.exported(pipeline, config)
+        stages.end("export")
         runs = calibration_steps(len(prompts), totals)
         with tqdm(total=runs, desc="calibrate", unit="step") as progress:
             step = progress.update
             calibrations = _calibrate(pipeline, config, optimized, specs, folder, step)
+        stages.end("calibrate")
         inputs = parity_inputs(pipeline, config, calibrations[0])
         for backend in args.backend:
             if backend == "coreml" and packages is not None:
@@ -332,7 +367,13 @@ def run(args: argparse.Namespace) -> int:
             model_name(args), optimized, pipeline, builds, defaults, tables, conditions
         )
         write_manifest(folder, manifest)
-    _report(args, _summary(args.output, summaries, perf_counter() - start), builds)
+    stages.end("check")
+    summary = {
+        **_summary(args.output, summaries, perf_counter() - start),
+        "unet_float32_bytes": _float32_bytes(pipeline),
+        "stages": stages.done,
+    }
+    _report(args, summary, builds)
     return 0
 
 
@@ -355,6 +396,16 @@ def _other_steps(text: str) -> tuple[str, int]:
             f"schedulers are {', '.join(NAMES)}"
         )
     return name, int(steps)
+
+
+def _first(prompts: tuple[str, ...], asked: int | None) -> tuple[str, ...]:
+    """Returns the prompts that calibrate; refuses to find more than there are."""
+    if asked is not None and asked > len(prompts):
+        raise UsageError(
+            f"--calibration-prompts is {asked}, and there are {len(prompts)} prompts: give more "
+            "with --prompts FILE"
+        )
+    return prompts[:asked]
 
 
 def _full_steps(asked: int | None, total: int, max_gap: int) -> int:
@@ -524,23 +575,23 @@ def _check(
     from exporters.method_bytes import method_bytes
     from exporters.module_graph import module_graph
     from exporters.parity import check_parity
-    from exporters.to_executorch import load_graph
+    from exporters.to_executorch import OneGraphAtATime
 
     path, results = folder / GRAPHS_FILE, {}
+    graphs = OneGraphAtATime(path, specs)
     sizes = method_bytes(path)
     with tqdm(specs.items(), desc="check", unit="graph") as progress:
         for name, spec in progress:
             progress.set_postfix_str(f"{name} against the float module")
-            run = load_graph(path, spec)
             parity = check_parity(
                 name,
                 module_graph(optimized.reference[name], spec),
-                run,
+                partial(graphs.run, name),
                 inputs[name],
                 _FLOORS_DB[quantization if name in _UNET_GRAPHS else "none"],
             )
-            results[name] = _GraphResult(spec, run, sizes[name], parity, exported[name])
-    return _ExecuTorchBuild(results)
+            results[name] = _GraphResult(spec, sizes[name], parity, exported[name])
+    return _ExecuTorchBuild(graphs, results)
 
 
 def _coreml(
@@ -587,7 +638,8 @@ def _save_checks(
     checks: dict[str, list[Check]] = {}
     for graph, spec in specs.items():
         reference = module_graph(optimized.reference[graph], spec)
-        for arrays in (inputs[graph][0], inputs[graph][-1]):
+        between = max(1, len(inputs[graph]) - 1)
+        for arrays in inputs[graph][::between]:
             exported = {
                 BACKENDS[backend]: build.run(graph, arrays) for backend, build in builds.items()
             }

@@ -36,6 +36,7 @@ from runtime.generate import (
     noises,
 )
 from runtime.measure import measure_graphs
+from runtime.peak_memory import peak_memory_mib
 from runtime.tokenizer import without_surrogates
 
 _LONGEST_QUOTE = 200  # characters of a cut prompt that a warning shows
@@ -194,7 +195,7 @@ class _Done:
     """What one picture took, in milliseconds of the denoising loop."""
 
     denoise_ms: float
-    full_ms: float | None  # with the full graph at every step, if asked for
+    full_ms: float | None = None  # with the full graph at every step, if asked for
 
 
 def _recipe(bundle: Bundle, args: argparse.Namespace) -> _Recipe:
@@ -299,21 +300,34 @@ def _encode(
 
 def _make(engine: Engine, bundle: Bundle, recipe: _Recipe, guidance: Guidance, job: _Job) -> _Done:
     """Makes and writes one picture, and the comparison if it is asked for."""
+    for graph in _graphs(recipe):
+        engine.load(graph)
     if job.beside_path is not None:
         # the first runs of a graph are slower: they shall not count for either side
         for _ in islice(_loop(engine, bundle, recipe, guidance, job.seed), _WARM_UP_STEPS):
             pass
-    picture, denoise_ms = _draw(engine, bundle, recipe, guidance, job.seed, job.path.stem)
+    loops = [_denoised(engine, bundle, recipe, guidance, job.seed, job.path.stem)]
+    if job.beside_path is not None:
+        total_steps = len(recipe.cache_schedule.modes)
+        full = replace(recipe, cache_schedule=CacheSchedule.all_full(total_steps), reuse_table=None)
+        title = f"{job.path.stem}, every step full"
+        loops.append(_denoised(engine, bundle, full, guidance, job.seed, title))
+    # at 512×512 the decoder needs as much memory as the denoiser: never both
+    for graph in _graphs(recipe):
+        engine.unload(graph)
+    picture, *beside = [decode_latents(engine, latents) for latents, _ in loops]
+    engine.unload("decode")
     parameters, record = _parameters(bundle, recipe, job), _record(bundle, recipe, job)
     write_png(picture, job.path, parameters, record)
-    if job.beside_path is None:
-        return _Done(denoise_ms, None)
-    total_steps = len(recipe.cache_schedule.modes)
-    full = replace(recipe, cache_schedule=CacheSchedule.all_full(total_steps), reuse_table=None)
-    title = f"{job.path.stem}, every step full"
-    full_picture, full_ms = _draw(engine, bundle, full, guidance, job.seed, title)
-    write_png(side_by_side(picture, full_picture), job.beside_path, parameters, record)
-    return _Done(denoise_ms, full_ms)
+    if job.beside_path is not None:
+        write_png(side_by_side(picture, *beside), job.beside_path, parameters, record)
+    return _Done(*(loop_ms for _, loop_ms in loops))
+
+
+def _graphs(recipe: _Recipe) -> tuple[str, ...]:
+    """Returns the graphs of a loop that compares itself with the full graph or does not."""
+    shallow = any(mode.is_shallow for mode in recipe.cache_schedule.modes)
+    return ("denoise", "denoise_shallow") if shallow else ("denoise",)
 
 
 def _loop(
@@ -328,10 +342,10 @@ def _loop(
     return denoise(engine, noise_scheduler, schedule, latents, guidance, table, noise)
 
 
-def _draw(
+def _denoised(
     engine: Engine, bundle: Bundle, recipe: _Recipe, guidance: Guidance, seed: int, title: str
-) -> tuple[NDArray[np.uint8], float]:
-    """Returns a picture and the milliseconds of its loop."""
+) -> tuple[NDArray[np.float32], float]:
+    """Returns a loop's last latents and its milliseconds."""
     records = _loop(engine, bundle, recipe, guidance, seed)
     elapsed_ms, latents = 0.0, None
     for record in tqdm(records, title, len(recipe.cache_schedule.modes), unit="step"):
@@ -341,7 +355,7 @@ def _draw(
             f"seed {seed}: the loop's latents are not finite numbers: the guidance scale "
             f"({recipe.guidance_scale:g}) is too large, or the bundle's graphs are broken"
         )
-    return decode_latents(engine, latents), elapsed_ms
+    return latents, elapsed_ms
 
 
 def _record(bundle: Bundle, recipe: _Recipe, job: _Job) -> dict[str, object]:
@@ -401,6 +415,7 @@ def _report(
         "steps": recipe.noise_scheduler.steps,
         "denoise_ms": round(ours_ms, 3),
         "total_ms": round(total_ms, 3),
+        "peak_memory_mib": round(peak_memory_mib(), 1),
     }
     if beside:
         result["compare_full"] = {

@@ -14,46 +14,19 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from cq_edge.operators import Operators
 from exporters.module_operators import module_operators
+from tools.architectures import ARCHITECTURES
 
-_STABLE_DIFFUSION: Mapping[str, Any] = {
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
 _TINY: Mapping[str, Any] = {
-    **_STABLE_DIFFUSION,
+    **ARCHITECTURES["sd15"].unet,
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("CrossAttnDownBlock2D",) * 3,
     "up_block_types": ("CrossAttnUpBlock2D",) * 3,
     "layers_per_block": 1,
     "mid_block_type": None,
 }
-_SDXL: Mapping[str, Any] = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-    "layers_per_block": 2,
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-_V2: Mapping[str, Any] = {
-    "cross_attention_dim": 1024,
-    "attention_head_dim": (5, 10, 20, 20),
-    "use_linear_projection": True,
-}
 UNETS: Mapping[str, Mapping[str, Any]] = {
-    "sd15": _STABLE_DIFFUSION,
-    "sd21": {**_STABLE_DIFFUSION, **_V2},
+    **{name: architecture.unet for name, architecture in ARCHITECTURES.items()},
     "bk-sdm-tiny": _TINY,
-    "sdxl": _SDXL,
 }
 
 

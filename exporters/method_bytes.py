@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.schema import Tensor
+
+from exporters.program_file import read_program
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class MethodBytes:
 
 def method_bytes(path: Path) -> dict[str, MethodBytes]:
     """Returns each method's share of a `.pte`."""
-    file = deserialize_pte_binary(path.read_bytes())
+    file = read_program(path)
     program, named = file.program, file.named_data
     sizes = {
         key.encode(): len(named.buffers[entry.buffer_index])
@@ -36,7 +37,9 @@ def method_bytes(path: Path) -> dict[str, MethodBytes]:
     }
     found = {}
     for plan in program.execution_plan:
-        blobs = [program.backend_delegate_data[d.processed.index].data for d in plan.delegates]
+        blobs = [
+            bytes(program.backend_delegate_data[d.processed.index].data) for d in plan.delegates
+        ]
         # an XNNPACK program names each of its weights by the key that the file stores it under
         weights = {k.decode(): n for k, n in sizes.items() if any(k in blob for blob in blobs)}
         weights |= _constants(plan, program.constant_buffer)

@@ -17,11 +17,11 @@ from typing import Any
 from executorch.backends.xnnpack import serialization
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
 from executorch.exir._serialize._flatbuffer import _flatc_decompile
-from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.schema import DelegateCall, KernelCall, Tensor
 
 from cq_edge.errors import ExportError
 from cq_edge.operators import Operator, Operators, merged
+from exporters.program_file import read_program
 
 _KINDS = {
     "convolution": ("Conv2d", "ConvTranspose2d"),
@@ -62,7 +62,7 @@ def program_operators(path: Path) -> dict[str, Operators]:
     Raises:
         ExportError: A delegate is another's, or runs an operator of a kind unknown here.
     """
-    program = deserialize_pte_binary(path.read_bytes()).program
+    program = read_program(path).program
     found = {}
     for plan in program.execution_plan:
         operators: list[Operator] = []
@@ -74,7 +74,7 @@ def program_operators(path: Path) -> dict[str, Operators]:
                         f"{path.name}: {plan.name} is delegated to {delegate.id}: only "
                         "XnnpackBackend can be read"
                     )
-                blob = program.backend_delegate_data[delegate.processed.index].data
+                blob = bytes(program.backend_delegate_data[delegate.processed.index].data)
                 operators.extend(_delegated(_read_graph(blob)))
             elif isinstance(instruction, KernelCall):
                 tensors = [plan.values[i].val for i in dict.fromkeys(instruction.args)]

@@ -63,13 +63,14 @@ def export_executorch(modules: Modules, path: Path) -> ExportReport:
                     compile_config=EdgeCompileConfig(_check_ir_validity=False),
                 )
             graphs = {name: operator_report(edge.exported_program(name)) for name in modules}
-            content = edge.to_executorch().buffer
+            program = edge.to_executorch()
         except Exception as error:
             raise ExportError(f"{', '.join(modules)} could not be lowered: {error}") from error
     beside = path.with_name(f"{path.name}.partial")
-    beside.write_bytes(content)
+    with beside.open("wb") as file:
+        program.write_to_file(file)
     beside.replace(path)
-    return ExportReport(len(content), graphs)
+    return ExportReport(path.stat().st_size, graphs)
 
 
 def example_inputs(spec: GraphSpec) -> tuple[Tensor, ...]:
@@ -103,6 +104,26 @@ def load_graph(path: Path, spec: GraphSpec) -> Callable[[Arrays], dict[str, NDAr
         return {o.name: t.numpy().copy() for o, t in zip(spec.outputs, outputs, strict=True)}
 
     return run
+
+
+class OneGraphAtATime:
+    """Runs a file's methods with one of them loaded: a loaded graph has its weights in memory."""
+
+    def __init__(self, path: Path, specs: Mapping[str, GraphSpec]) -> None:
+        self._path = path
+        self._specs = specs
+        self._loaded: tuple[str, Callable[[Arrays], Arrays]] | None = None
+
+    def run(self, name: str, arrays: Arrays) -> Arrays:
+        """Returns a method's outputs by name.
+
+        Raises:
+            ExportError: If the file has no such method.
+        """
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = None  # before the next is there
+            self._loaded = name, load_graph(self._path, self._specs[name])
+        return self._loaded[1](arrays)
 
 
 def tensor_function(

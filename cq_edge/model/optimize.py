@@ -11,6 +11,7 @@ from torch import Tensor, from_numpy, nn
 
 from cq_edge.errors import UsageError
 from cq_edge.model.capture import RUNS, Calibration, capture
+from cq_edge.model.eight_bit_unet import eight_bit_unet
 from cq_edge.model.graphs import decode_graph
 from cq_edge.model.mixed_precision import choose_four_bits
 from cq_edge.model.plan_trial import final_latents, scaled_to_trial, typical_distance
@@ -18,7 +19,7 @@ from cq_edge.model.prompts import embed_prompts, guidance_kind, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.reuse_trial import Consumers, ShallowGraph
 from cq_edge.model.rewrite import rewrite_for_xnnpack
-from cq_edge.model.split import ShallowUNet, context_shapes, split_unet
+from cq_edge.model.split import FullUNet, ShallowUNet, context_shapes, split_unet
 from cq_edge.model.text import text_graph, text_reference
 from cq_edge.model.trajectory import FullGraph, Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
@@ -77,6 +78,17 @@ class Optimized:
     feature_channels: int
     consumed_channels: int
 
+    def released(self) -> "Optimized":
+        """Returns what is exported, and no longer holds the float modules of it."""
+        return replace(self, reference={})
+
+    def exported(self, pipeline: DiffusionPipeline, config: OptimizeConfig) -> "Optimized":
+        """Returns what is needed once files hold the graphs: the float modules, of the pipeline
+        loaded again, and of the edge ones the shallow, whose layers are fitted to."""
+        reference = _reference(pipeline, *split_unet(pipeline.unet, config.shallow_layers))
+        edge = {"denoise_shallow": self.edge["denoise_shallow"]}
+        return replace(self, reference=reference, edge=edge)
+
 
 def optimize(
     pipeline: DiffusionPipeline,
@@ -95,11 +107,7 @@ def optimize(
         UsageError: If the compression asked for cannot be had.
     """
     full, shallow = split_unet(pipeline.unet, config.shallow_layers)
-    both = rewrite_for_xnnpack(nn.ModuleList([full, shallow]))
-    if config.quantization == "int8":
-        chosen = _four_bits(pipeline, config, both[0], on_layer)
-        both = quantize_for_xnnpack(both, four_bits={f"0.{name}" for name in chosen})
-    edge_full, edge_shallow = both
+    edge_full, edge_shallow = _edge_unet(pipeline, config, full, shallow, on_layer)
     reference = _reference(pipeline, full, shallow)
     text = text_graph(pipeline)
     edge: dict[str, nn.Module] = {
@@ -236,19 +244,36 @@ def _branch_scale(pipeline: DiffusionPipeline, config: OptimizeConfig) -> float:
     return config.guidance_scale if guidance_kind(pipeline) == "two_calls" else 1.0
 
 
+def _edge_unet(
+    pipeline: DiffusionPipeline,
+    config: OptimizeConfig,
+    full: FullUNet,
+    shallow: ShallowUNet,
+    on_layer: Callable[[], object],
+) -> nn.ModuleList:
+    """Returns the full and the shallow graph as ExecuTorch exports them."""
+    if config.quantization == "none":
+        return rewrite_for_xnnpack(nn.ModuleList([full, shallow]))
+    if config.compression is None:
+        return eight_bit_unet(full, shallow)
+    # layers are tried at four bits in the whole rewritten graph
+    both = rewrite_for_xnnpack(nn.ModuleList([full, shallow]))
+    chosen = _four_bits(pipeline, config, config.compression, both[0], on_layer)
+    return quantize_for_xnnpack(both, four_bits={f"0.{name}" for name in chosen})
+
+
 def _four_bits(
     pipeline: DiffusionPipeline,
     config: OptimizeConfig,
+    compression: float,
     full: nn.Module,
     on_layer: Callable[[], object],
 ) -> frozenset[str]:
     """Returns the layers of the rewritten full graph that are to have four bits."""
-    if config.compression is None:
-        return frozenset()
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
     return choose_four_bits(
         full,
-        config.compression,
+        compression,
         embed_prompts(pipeline, config.prompts[:_TRIAL_PROMPTS], config.guidance_scale),
         make_noise_scheduler("ddim", _TRIAL_STEPS, noise_schedule),
         latents_shape(pipeline),

@@ -7,7 +7,6 @@ Layers named so have weights of four bits instead, with a scale per `GROUP` of t
 that for linear layers alone, so that a convolution becomes one.
 """
 
-import copy
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
@@ -23,7 +22,7 @@ from torchao.quantization.quant_primitives import (
     quantize_affine,
 )
 
-from cq_edge.model.surgery import replace_modules
+from cq_edge.model.surgery import copied, replace_modules
 from cq_edge.model.unfolded_conv import UnfoldedConv2d
 
 Root = TypeVar("Root", bound=nn.Module)
@@ -81,7 +80,8 @@ class Int8Conv2d(nn.Module):
 def quantize_for_xnnpack(
     module: Root, keep: Collection[str] = FIRST_AND_LAST, four_bits: Collection[str] = ()
 ) -> Root:
-    """Returns a copy whose Conv2d and Linear layers are int8; what was shared stays shared.
+    """Returns a copy whose Conv2d and Linear layers are int8; what was shared stays shared, and
+    what stays float is the original's.
 
     Args:
         module: Already rewritten for XNNPACK; the rewrites' constant helpers are no layers and
@@ -90,7 +90,7 @@ def quantize_for_xnnpack(
         four_bits: Qualified names of layers that get four bits instead: Linear ones, and
             convolutions that can be unfolded, whose inputs are a multiple of `GROUP`.
     """
-    quantized = copy.deepcopy(module)
+    quantized = copied(module)
     names = {id(child): name for name, child in quantized.named_modules()}
 
     def convolution(conv: nn.Conv2d) -> nn.Module:

@@ -4,7 +4,6 @@ Exported as it stands, Stable Diffusion's UNet falls into more than a hundred de
 with float copies between them, slower than eager torch. Each surgery replaces one kind of layer.
 """
 
-import copy
 from typing import TypeVar
 
 from torch import nn
@@ -18,6 +17,7 @@ from cq_edge.model.lean_transformer import (
     rewrite_transformers,
     rotate_residual_streams,
 )
+from cq_edge.model.surgery import copied
 
 Root = TypeVar("Root", bound=nn.Module)
 
@@ -37,7 +37,8 @@ SURGERIES = (
 
 
 def rewrite_for_xnnpack(module: Root) -> Root:
-    """Returns a rewritten copy; what the parts of `module` share, those of the copy share too.
+    """Returns a rewritten copy; what the parts of `module` share, those of the copy share too, and
+    weights that no rewrite changes are the original's.
 
     Args:
         module: A UNet, a ModuleList of a full and a shallow one, or a decoder; float32.
@@ -45,7 +46,7 @@ def rewrite_for_xnnpack(module: Root) -> Root:
     Raises:
         ModelError: If a layer is of a kind that Stable Diffusion 1.x and 2.x do not have.
     """
-    rewritten = copy.deepcopy(module)
+    rewritten = copied(module)
     for surgery in SURGERIES:
         surgery(rewritten)
     return rewritten

@@ -336,7 +336,7 @@ def split_unet(unet: UNet, shallow_layers: int = 1) -> tuple[FullUNet, ShallowUN
     full = FullUNet(time, unet.conv_in, down, _mid_stage(unet), up, outer, head)
     skip_channels = unet.config["block_out_channels"][0]
     feature_channels = outer[0].resnet.in_channels - skip_channels
-    kept = _layers(unet.down_blocks[0])[: shallow_layers - 1]
+    kept = cast("list[Layer]", list(down[0].layers))[: shallow_layers - 1]
     shallow = ShallowUNet(time, unet.conv_in, kept, outer, head, feature_channels)
     return full.train(unet.training), shallow.train(unet.training)
 

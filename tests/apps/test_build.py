@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 
 from apps.cli import main
+from cq_edge.errors import ExportError
 from cq_edge.manifest import MANIFEST_FILE, read_manifest, verify_files
-from cq_edge.model.load import DEMO_MODEL
+from cq_edge.model.load import DEMO_MODEL, load_pipeline
 from cq_edge.model.optimize import OptimizeConfig
 from cq_edge.operators import OPERATORS_FILE, load_operators, multiply_adds
 from runtime.bundle import open_bundle
@@ -63,6 +65,7 @@ def test_a_unet_that_cannot_be_split_is_refused_with_the_reason(tmp_path, capsys
         (("--also", "pndm"), 2, "--also 'pndm' is no noise scheduler with steps, such as "),
         (("--full-steps", "99"), 2, "--full-steps is 99: 51 steps with --max-gap 10 take 5 to 51"),
         (("--max-gap", "0"), 2, "--max-gap is 0: a shallow step needs 1 or more"),
+        (("--calibration-prompts", "9"), 2, "9, and there are 8 prompts: give more with --prompts"),
         (("--prompts", "nowhere.txt"), 2, "--prompts nowhere.txt cannot be read"),
         (("--target-bytes", "0"), 2, "--target-bytes is 0: it must be 1 or more"),
         (("--target-bytes", "1000000"), 2, "possible it is 6."),
@@ -87,6 +90,25 @@ def test_an_empty_prompts_file_is_refused(tmp_path, capsys):
 def test_a_quantisation_that_is_none_of_ours_is_refused():
     with pytest.raises(Exception, match="quantization is 'int3': choose int8 or none"):
         OptimizeConfig(prompts=("x",), quantization="int3")
+
+
+def test_the_float_unet_is_freed_while_the_graphs_are_lowered(tmp_path, capsys, monkeypatch):
+    loaded = []
+
+    def load_and_remember(source):
+        pipeline = load_pipeline(source)
+        loaded.append(weakref.ref(pipeline.unet))
+        return pipeline
+
+    def lower(*_):
+        raise ExportError(f"float UNets: {sum(unet() is not None for unet in loaded)}")
+
+    monkeypatch.setattr("cq_edge.model.load.load_pipeline", load_and_remember)
+    monkeypatch.setattr("exporters.to_executorch.export_executorch", lower)
+    code, err = _refusal(capsys, "-o", str(tmp_path / "out"))
+    assert (code, len(loaded)) == (1, 1)
+    assert err == "cq-edge: error: float UNets: 0"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +137,13 @@ def test_the_last_line_is_the_json_that_programs_rely_on(built):
             "delegated_macs_share",
             "delegated_ops_share",
         }
-    assert result["peak_memory_mib"] > 100
-    assert result["seconds"] > 0
+    stages = result["stages"]
+    assert list(stages) == ["load", "optimize", "export", "calibrate", "check"]
+    peaks = [stage["peak_memory_mib"] for stage in stages.values()]
+    assert peaks[0] > 100 and peaks == sorted(peaks)
+    assert result["peak_memory_mib"] == peaks[-1]
+    taken = sum(stage["seconds"] for stage in stages.values())
+    assert taken == pytest.approx(result["seconds"], abs=1)
 
 
 def test_the_unet_is_small_and_its_two_graphs_share_their_weights(built):

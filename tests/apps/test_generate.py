@@ -65,7 +65,16 @@ def test_the_last_line_of_json_says_what_was_made(generate: Generate) -> None:
     code, out, _ = generate(STAR, "--json", "--seed", "9", "--scheduler", "pndm", "--plan", "full")
     result = last_json(out)
     assert code == 0
-    assert list(result) == ["images", "seed", "plan", "unguided", "steps", "denoise_ms", "total_ms"]
+    assert list(result) == [
+        "images",
+        "seed",
+        "plan",
+        "unguided",
+        "steps",
+        "denoise_ms",
+        "total_ms",
+        "peak_memory_mib",
+    ]
     assert result["images"] == ["a-red-star-on-blue.png"]
     assert result["seed"] == 9
     assert result["plan"] == {"full": 11, "shallow": 0, "skip": 0}
@@ -213,6 +222,28 @@ def test_outputs_are_checked_before_anything_runs(
     code, _, err = generate(STAR, "-o", "star.jpg")
     assert code == 2
     assert err == "cq-edge: error: star.jpg would not be a PNG: name it star.png\n"
+
+
+def test_encoder_denoiser_and_decoder_are_never_loaded_together(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = set()
+
+    class Watched(FakeEngine):
+        def run(self, graph, inputs):
+            outputs = super().run(graph, inputs)
+            together.add(frozenset(self.loaded))
+            return outputs
+
+    monkeypatch.setitem(ENGINES, "xnnpack", Watched)
+    code, out, _ = generate(STAR, "--num-images", "2", "--compare-full", "--json", "-o", "out/")
+    assert code == 0
+    assert together == {
+        frozenset({"encode"}),
+        frozenset({"denoise", "denoise_shallow"}),
+        frozenset({"decode"}),
+    }
+    assert 10 < last_json(out)["peak_memory_mib"] < 10_000
 
 
 def test_a_failing_loop_leaves_no_file(generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,13 +85,13 @@ def test_transformers_need_no_mean_of_tokens_and_stay_equal(mean):
 
 
 @pytest.mark.parametrize("context_width", [None, 10])
-@pytest.mark.parametrize("at_once", [4, 1024])
+@pytest.mark.parametrize("at_once", [4, 60, 130, 1024])
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
-def test_attention_is_numerically_equal_whole_or_in_chunks(
+def test_attention_is_numerically_equal_whole_by_head_or_in_chunks(
     monkeypatch, batch, context_width, at_once
 ):
-    monkeypatch.setattr(lean_attention, "QUERIES_AT_ONCE", at_once)
+    monkeypatch.setattr(lean_attention, "SCORES_AT_ONCE", at_once)
     attention = Attention(16, cross_attention_dim=context_width, heads=2, dim_head=8)
     tokens = torch.randn(batch, 11, 16)
     context = None if context_width is None else torch.randn(batch, 5, 10)

@@ -1,0 +1,43 @@
+"""A UNet rewritten and quantised part by part, so that no second float UNet is ever whole.
+
+SDXL's in float32 is 10 GB, and the rewrites change most of it: beside the original, one part's
+float weights at a time are little.
+"""
+
+from functools import partial
+
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from cq_edge.model.quantize import quantize_for_xnnpack
+from cq_edge.model.rewrite import rewrite_for_xnnpack
+from cq_edge.model.split import FullUNet, Layer, OutputHead, ShallowUNet, TimeEmbedding
+from cq_edge.model.surgery import copied, replace_modules
+
+# what the graphs are made of, by the last name of each; `conv_in` stays as it is
+_PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
+    ("time", TimeEmbedding),
+    ("layer", Layer),
+    ("resampler", Downsample2D),
+    ("resampler", Upsample2D),
+    ("head", OutputHead),
+)
+
+
+def eight_bit_unet(full: FullUNet, shallow: ShallowUNet) -> nn.ModuleList:
+    """Returns both, rewritten for XNNPACK and in int8; equal to doing either to them whole.
+
+    Args:
+        full: Float, as `split_unet` returns it; left as it was.
+        shallow: Likewise; what the two share stays shared.
+    """
+    both = copied(nn.ModuleList([full, shallow]))
+    for name, kind in _PARTS:
+        replace_modules(both, kind, partial(_converted, name=name))
+    return both
+
+
+def _converted(part: nn.Module, name: str) -> nn.Module:
+    """Returns a part converted; its name decides which of its layers stay float."""
+    return quantize_for_xnnpack(rewrite_for_xnnpack(nn.ModuleDict({name: part})))[name]
