@@ -73,6 +73,12 @@ class CoreMLOptions:
         return _SMALLER_FLOOR_DB
 
     @property
+    def float32_stream(self) -> bool:
+        """Whether the UNet's last sums are in float32: with float16 weights, where their rounding
+        is most of the error."""
+        return self.weights == "float16"
+
+    @property
     def cure(self) -> str:
         """What helps UNet graphs that agree to less, empty where nothing does."""
         if self.weights == "mixed":
@@ -270,7 +276,14 @@ def export_packages(
 
     with tqdm(total=1, desc="export", unit="stage") as progress:
         progress.set_postfix_str("converting to Core ML")
-        places = export_coreml(modules, specs, folder, options.target, compress)
+        places = export_coreml(
+            modules,
+            specs,
+            folder,
+            options.target,
+            compress,
+            float32_stream=options.float32_stream,
+        )
         progress.update()
     return places
 
