@@ -169,13 +169,13 @@ def _is_in_last_stream(operation: Any) -> bool:
     size = block.outputs[0].shape[2:]
 
     def is_join(other: Any) -> bool:
-        return other.op_type == "concat" and other.outputs[0].shape[2:] == size
+        return other.op_type == "concat" and bool(other.outputs[0].shape[2:] == size)
 
     if operation.op_type == "conv":
         return operation.x.op is not None and is_join(operation.x.op)
     if operation.op_type == "add" and operation.x.shape == operation.y.shape:
         before = takewhile(lambda other: other is not operation, block.operations)
-        return operation.x.shape[2:] == size and any(map(is_join, before))
+        return bool(operation.x.shape[2:] == size) and any(map(is_join, before))
     return is_join(operation)
 
 
