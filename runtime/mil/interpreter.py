@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cq_edge.errors import BundleError, CQEdgeError, UsageError
+from cq_edge.errors import BundleError, UsageError
 from cq_edge.quiet import without_chatter
 from runtime.mil.arguments import Arguments
 from runtime.mil.arithmetic import ARITHMETIC, Operator
@@ -87,8 +87,7 @@ class ReferenceFunction:
 
         Raises:
             UsageError: An input is missing, unknown or of another shape.
-            BundleError: An operation has an argument that the interpreter does not do, or
-                arguments that do not fit each other.
+            BundleError: An operation has an argument that the interpreter does not do.
         """
         held = {id(self._inputs[name]): t for name, t in self._given(inputs).items()}
         kept = {id(value) for value in self._outputs}
@@ -130,13 +129,7 @@ class ReferenceFunction:
                 arguments[name] = [self._read(value, held) for value in given]
             elif given is not None:
                 arguments[name] = self._read(given, held)
-        where = self._name(operation)
-        try:
-            found = OPERATORS[operation.op_type](Arguments(arguments, where))
-        except CQEdgeError:
-            raise
-        except Exception as error:  # shapes that do not fit, an argument that is missing
-            raise BundleError(f"{where} cannot be computed: {error}") from error
+        found = OPERATORS[operation.op_type](Arguments(arguments, self._name(operation)))
         results = found if isinstance(found, tuple) else (found,)
         for value, result in zip(operation.outputs, results, strict=True):
             held[id(value)] = result.to(_dtype(value))
