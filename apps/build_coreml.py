@@ -74,8 +74,8 @@ class CoreMLOptions:
 
     @property
     def float32_stream(self) -> bool:
-        """Whether the UNet's last sums are in float32: with float16 weights, where their rounding
-        is most of the error."""
+        """Whether the residual stream of the UNet's last up block is in float32: smaller weights
+        err more by themselves."""
         return self.weights == "float16"
 
     @property

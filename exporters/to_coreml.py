@@ -127,9 +127,8 @@ def half_precision(*, float32_stream: bool) -> Any:
     """Returns what tells coremltools to compute in float16, but for what would not bear it.
 
     Args:
-        float32_stream: Whether the residual stream of the last up block is summed in float32 too:
-            at the last timesteps the noise prediction is a small difference of what flows there,
-            and rounding each sum costs more of it than all that is rounded inside the layers.
+        float32_stream: Whether the residual stream of the last up block is in float32 too: at the
+            last timesteps the noise prediction is a small difference of what flows there.
     """
 
     def is_selected(operation: Any) -> bool:

@@ -255,7 +255,8 @@ def test_an_engine_that_the_bundle_is_not_for_is_refused(built, capsys):
 
 @pytest.mark.slow
 def test_both_backends_make_the_same_picture_of_one_bundle(tmp_path, capsys):
-    folder, result = _build(tmp_path, "--backend", "executorch,coreml", "--quantization", "none")
+    words = ("--backend", "executorch,coreml", "--quantization", "none", "--layout", "executorch")
+    folder, result = _build(tmp_path, *words)
     assert set(result["alternatives"]) == {"coreml"}
     assert _verify(capsys, folder)[0] == 0
     pictures = []
