@@ -613,7 +613,7 @@ def _coreml(
     modules = {**references, **stored_unet(references, inputs, options)}
     compress = weight_compressor(optimized.reference["denoise"], inputs["denoise"], options)
     places = export_packages(modules, specs, compress, options, folder)
-    warning = size_warning(places["denoise"].weight_bytes, options)
+    warning = size_warning(places["denoise"].weight_bytes, _float32_bytes(pipeline), options)
     if warning is not None:
         print(f"cq-edge: warning: {warning}", file=sys.stderr)
     build = check_packages(optimized.reference, specs, places, inputs, options, folder)

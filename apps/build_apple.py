@@ -57,7 +57,10 @@ def write_apple_layout(
     from runtime.mil.interpreter import read_functions
 
     apple, contracts = apple_modules(modules), apple_specs(specs)
-    places = export_coreml(apple, contracts, folder, options.target, compress)
+    stream = options.float32_stream
+    places = export_coreml(
+        apple, contracts, folder, options.target, compress, float32_stream=stream
+    )
     for name in tqdm(apple, desc="check Apple's layout", unit="graph"):
         place = places[name]
         run = read_functions(folder / place.package)[place.function].run

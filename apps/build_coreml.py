@@ -1,6 +1,7 @@
 """The Core ML half of `cq-edge build`: packages, run from the disk and compared."""
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,25 @@ class CoreMLOptions:
         if eight or (self.weights == "mixed" and self.compression <= COMPRESSION):
             return _EIGHT_BIT_FLOOR_DB
         return _SMALLER_FLOOR_DB
+
+    @property
+    def float32_stream(self) -> bool:
+        """Whether the residual stream of the UNet's last up block is in float32: smaller weights
+        err more by themselves."""
+        return self.weights == "float16"
+
+    @property
+    def cure(self) -> str:
+        """What helps UNet graphs that agree to less, empty where nothing does."""
+        if self.weights == "mixed":
+            return f"ask for less than --compression {self.compression:g}"
+        if self.weights == "float16":
+            return ""
+        return (
+            f"{self.weights} weights are too coarse for this UNet: take the default, "
+            "--coreml-weights mixed, which keeps more bits where they count (--compression 6 or "
+            "8 makes it smaller)"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +276,14 @@ def export_packages(
 
     with tqdm(total=1, desc="export", unit="stage") as progress:
         progress.set_postfix_str("converting to Core ML")
-        places = export_coreml(modules, specs, folder, options.target, compress)
+        places = export_coreml(
+            modules,
+            specs,
+            folder,
+            options.target,
+            compress,
+            float32_stream=options.float32_stream,
+        )
         progress.update()
     return places
 
@@ -288,22 +315,30 @@ def check_packages(
             run = functions[places[name].package][places[name].function].run
             floor_db = options.unet_floor_db if name in UNET_GRAPHS else FLOAT16_FLOOR_DB
             expected = module_graph(reference[name], spec)
-            parity = check_parity(name, expected, run, inputs[name], floor_db)
+            cure = options.cure if name in UNET_GRAPHS else ""
+            parity = check_parity(name, expected, run, inputs[name], floor_db, cure)
             results[name] = CoreMLResult(spec, run, places[name], parity)
     unet = {places[name].package for name in UNET_GRAPHS}
     return CoreMLBuild(results, sum(weight_bytes(folder / package) for package in unet))
 
 
-def size_warning(weight_bytes: int, options: CoreMLOptions) -> str | None:
-    """Returns what is wrong with a weight file of that size and what helps, or None."""
+def size_warning(weight_bytes: int, float32_bytes: int, options: CoreMLOptions) -> str | None:
+    """Returns what is wrong with the UNet's weight file and what helps, or None.
+
+    Args:
+        weight_bytes: The file's size.
+        float32_bytes: The parameters' size in float32.
+        options: How the package was written.
+    """
     largest = _LARGEST_BYTES[options.target]
     if weight_bytes <= largest:
         return None
-    wanted = COMPRESSION if options.weights == "float16" else 2 * options.compression
+    fitting = math.ceil(10 * float32_bytes / largest) / 10
+    mixed = "" if options.weights == "mixed" else f"mixed weights, not {options.weights}, and "
     return (
         f"the Core ML UNet's weight file has {weight_bytes / _GIB:.2f} GiB: the Neural Engine "
-        f"refuses more than {largest / _GIB:g} GiB on {options.target}; build with "
-        f"--compression {wanted:g}"
+        f"refuses more than {largest / _GIB:g} GiB on {options.target}; build with {mixed}"
+        f"--compression {fitting:g}"
     )
 
 

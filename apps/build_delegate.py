@@ -58,7 +58,8 @@ def write_delegate(
     from runtime.mil.interpreter import read_functions
 
     options = delegate_options(options)
-    export_executorch_coreml({**modules, **stored_unet(modules, inputs, options)}, specs, path)
+    stored = {**modules, **stored_unet(modules, inputs, options)}
+    export_executorch_coreml(stored, specs, path, float32_stream=options.float32_stream)
     with tempfile.TemporaryDirectory() as scratch:
         methods = unpacked_methods(path, Path(scratch))
         functions = read_functions(methods["denoise"].package)

@@ -60,7 +60,8 @@ def main() -> int:
         print(f"{name}…", file=sys.stderr)
         compress = weight_compressor(modules["denoise"], inputs["denoise"], options)
         exported = stored_unet(modules, inputs, options)
-        smaller, agreements = _measured(modules, exported, specs, inputs, compress)
+        stream = options.float32_stream
+        smaller, agreements = _measured(modules, exported, specs, inputs, compress, stream)
         cells = [f"{db:.1f}" for each in agreements for db in (each[0], each[-1], min(each))]
         print(f"| {name} | {smaller:.2f} | {' | '.join(cells)} |", flush=True)
     return 0
@@ -89,6 +90,7 @@ def _measured(
     specs: "Specs",
     inputs: Mapping[str, Sequence[Arrays]],
     compress: Callable[[Any], Any],
+    stream: bool,
 ) -> tuple[float, list[list[float]]]:
     """Returns how many times smaller than float32 the package is, and the ratios of the full and
     the shallow graph on each set of inputs."""
@@ -98,7 +100,9 @@ def _measured(
 
     found = []
     with tempfile.TemporaryDirectory() as scratch:
-        places = export_coreml(exported, specs, Path(scratch), "ios18", compress)
+        places = export_coreml(
+            exported, specs, Path(scratch), "ios18", compress, float32_stream=stream
+        )
         package = Path(scratch) / places["denoise"].package
         functions, stored = read_functions(package), weight_bytes(package)
     for name, spec in specs.items():

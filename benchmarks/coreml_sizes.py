@@ -54,7 +54,10 @@ def _sizes(pipeline: "StableDiffusionPipeline", weights: str) -> tuple[int, int,
     compress = weight_compressor(modules["denoise"], (), options)
     modules = stored_unet(modules, {}, options)
     with tempfile.TemporaryDirectory() as scratch:
-        places = export_coreml(modules, specs, Path(scratch), "ios18", compress)
+        stream = options.float32_stream
+        places = export_coreml(
+            modules, specs, Path(scratch), "ios18", compress, float32_stream=stream
+        )
         both = weight_bytes(Path(scratch) / places["denoise"].package)
     full, shallow = (places[name].weight_bytes for name in UNET_GRAPHS)
     return full, shallow, both

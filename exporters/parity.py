@@ -35,7 +35,12 @@ class ParityReport:
 
 
 def check_parity(
-    name: str, reference: Graph, exported: Graph, inputs: Sequence[Arrays], floor_db: float
+    name: str,
+    reference: Graph,
+    exported: Graph,
+    inputs: Sequence[Arrays],
+    floor_db: float,
+    cure: str = "",
 ) -> ParityReport:
     """Returns the report of an exported graph that computes what its reference does.
 
@@ -45,6 +50,7 @@ def check_parity(
         exported: The file as such a function, returning the same names.
         inputs: At least one set of real inputs.
         floor_db: The least ratio allowed for every output and every input.
+        cure: What would help an output that is below the floor, for the error.
 
     Raises:
         ParityError: If there are no inputs, names or shapes differ, or an output is below
@@ -67,6 +73,7 @@ def check_parity(
             raise ParityError(
                 f"graph {name} computes something else than its float module: {output} agrees "
                 f"to {min(values_db):.1f} dB, and at least {floor_db:.1f} dB are required"
+                f"{cure and f'; {cure}'}"
             )
     worst = {output: min(values_db) for output, values_db in ratios.items()}
     return ParityReport(name, min(worst.values()), floor_db, worst)

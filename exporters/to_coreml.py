@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def export_coreml(
     folder: Path,
     target: str = "ios18",
     compress: Callable[[Any], Any] = lambda model: model,
+    *,
+    float32_stream: bool = False,
 ) -> dict[str, Place]:
     """Writes a package for each graph, or one for both UNet graphs, and returns where they are.
 
@@ -66,6 +69,7 @@ def export_coreml(
         target: One of `TARGETS`: the oldest system that is to run them.
         compress: Maps a UNet graph's Core ML model to one with smaller weights; equal weights
             must become equal.
+        float32_stream: As `half_precision` takes it.
 
     Raises:
         ExportError: A module cannot be traced, converted or compressed; names the graph.
@@ -76,7 +80,7 @@ def export_coreml(
         for name, module in modules.items():
             shared = shares and name in UNET_GRAPHS
             package = (Path(scratch) if shared else folder) / f"{_PACKAGES[name]}.mlpackage"
-            model = _convert(module, specs[name], target)
+            model = _convert(module, specs[name], target, float32_stream)
             if name in UNET_GRAPHS:
                 model = _named(name, "compressed", partial(compress, model))
             _save(model, package)
@@ -97,7 +101,7 @@ def weight_bytes(package: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _convert(module: nn.Module, spec: GraphSpec, target: str) -> Any:
+def _convert(module: nn.Module, spec: GraphSpec, target: str, float32_stream: bool) -> Any:
     if module.training:
         raise ExportError(f"graph {spec.name} is in training mode: call eval() on its module first")
     examples = tuple(torch.zeros(i.shape, dtype=getattr(torch, i.dtype)) for i in spec.inputs)
@@ -110,7 +114,7 @@ def _convert(module: nn.Module, spec: GraphSpec, target: str) -> Any:
             program,
             convert_to="mlprogram",
             minimum_deployment_target=TARGETS[target],
-            compute_precision=half_precision(),
+            compute_precision=half_precision(float32_stream=float32_stream),
             skip_model_load=True,
             inputs=[ct.TensorType(i.name, i.shape, _NUMPY[i.dtype]) for i in spec.inputs],
             outputs=[ct.TensorType(o.name, dtype=_NUMPY[o.dtype]) for o in spec.outputs],
@@ -119,9 +123,19 @@ def _convert(module: nn.Module, spec: GraphSpec, target: str) -> Any:
     return _named(spec.name, "converted", convert)
 
 
-def half_precision() -> Any:
-    """Returns what tells coremltools to compute in float16, but for what would not bear it."""
-    return ct.transform.FP16ComputePrecision(_is_computed_in_float16)
+def half_precision(*, float32_stream: bool) -> Any:
+    """Returns what tells coremltools to compute in float16, but for what would not bear it.
+
+    Args:
+        float32_stream: Whether the residual stream of the last up block is in float32 too: at the
+            last timesteps the noise prediction is a small difference of what flows there.
+    """
+
+    def is_selected(operation: Any) -> bool:
+        in_stream = float32_stream and _is_in_last_stream(operation)
+        return not in_stream and _is_computed_in_float16(operation)
+
+    return ct.transform.FP16ComputePrecision(is_selected)
 
 
 def _is_computed_in_float16(operation: Any) -> bool:
@@ -145,6 +159,23 @@ def _leads_to_sinusoids(operation: Any) -> bool:
         return False
     readers = [reader for value in operation.outputs for reader in value.child_ops]
     return bool(readers) and all(map(_leads_to_sinusoids, readers))
+
+
+def _is_in_last_stream(operation: Any) -> bool:
+    """Returns whether an operation of the last up block joins a skip to the stream, narrows the
+    two to the stream's channels, or adds a layer's result."""
+    block = operation.enclosing_block
+    size = block.outputs[0].shape[2:]
+
+    def is_join(other: Any) -> bool:
+        return other.op_type == "concat" and bool(other.outputs[0].shape[2:] == size)
+
+    if operation.op_type == "conv":
+        return operation.x.op is not None and is_join(operation.x.op)
+    if operation.op_type == "add" and operation.x.shape == operation.y.shape:
+        before = takewhile(lambda other: other is not operation, block.operations)
+        return bool(operation.x.shape[2:] == size) and any(map(is_join, before))
+    return is_join(operation)
 
 
 def _merge(sources: Mapping[str, Path], package: Path) -> None:

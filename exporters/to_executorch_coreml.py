@@ -41,7 +41,11 @@ class Method:
 
 
 def export_executorch_coreml(
-    modules: Mapping[str, nn.Module], specs: Mapping[str, GraphSpec], path: Path
+    modules: Mapping[str, nn.Module],
+    specs: Mapping[str, GraphSpec],
+    path: Path,
+    *,
+    float32_stream: bool = False,
 ) -> None:
     """Writes a `.pte` whose methods are the given modules.
 
@@ -52,6 +56,7 @@ def export_executorch_coreml(
         modules: In evaluation mode, by graph; weights float or of `weight_only`.
         specs: Their contracts.
         path: The file, written beside its place and then renamed.
+        float32_stream: As `to_coreml.half_precision` takes it.
 
     Raises:
         ExportError: A module cannot be traced or lowered, or not whole.
@@ -60,7 +65,7 @@ def export_executorch_coreml(
         minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT16
     )
     try:
-        with quiet(), _our_precision(), torch.no_grad():
+        with quiet(), _precision(half_precision(float32_stream=float32_stream)), torch.no_grad():
             register_torch_ops()
             programs = {
                 name: torch.export.export(module, example_inputs(specs[name]), strict=False)
@@ -122,11 +127,11 @@ def _method(plan: Any, package: Path, names: Mapping[str, list[str]]) -> Method:
 
 
 @contextmanager
-def _our_precision() -> Iterator[None]:
+def _precision(ours: Any) -> Iterator[None]:
     """Makes ExecuTorch convert with the operators in float32 that `to_coreml` keeps there; its
     options know one precision for all."""
     theirs: Callable[..., Any] = getattr(CoreMLBackend, _PRECISION)
-    setattr(CoreMLBackend, _PRECISION, staticmethod(lambda _specs: half_precision()))
+    setattr(CoreMLBackend, _PRECISION, staticmethod(lambda _specs: ours))
     try:
         yield
     finally:

@@ -6,8 +6,8 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
-from itertools import pairwise
 
 import coremltools as ct
 import numpy as np
@@ -22,7 +22,6 @@ from runtime.mil.interpreter import read_functions
 from tests.tiny_pipeline import save_tiny_pipeline
 
 _PROMPT = "a red star"
-_MODEL = "Unet.mlpackage/Data/com.apple.CoreML/model.mlmodel"
 _WEIGHTS = "Unet.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
 
 
@@ -70,20 +69,50 @@ def _flip(path, share, bits):
     path.write_bytes(data)
 
 
-def _damage(package):
-    """Inverts the largest weight of the package's full graph."""
-    function = ct.utils.load_spec(str(package)).mlProgram.functions["denoise"]
-    offsets = set()
-    for operation in function.block_specializations[function.opset].operations:
+def _function(folder, manifest, graph):
+    """Returns a graph's package, its specification and its operations, to be changed."""
+    entry = manifest.graphs[graph]
+    spec = ct.utils.load_spec(str(folder / entry.file))
+    function = spec.mlProgram.functions[entry.method]
+    operations = function.block_specializations[function.opset].operations
+    return folder / entry.file / "Data" / "com.apple.CoreML", spec, operations
+
+
+def _flip_a_weights_high_bit(folder, manifest, graph):
+    """Changes one bit of a graph's largest weight: the exponent's highest where it is float16."""
+    place, _, operations = _function(folder, manifest, graph)
+    path = place / "weights" / "weight.bin"
+    data = bytearray(path.read_bytes())
+    # of the table of words only few rows are read
+    looked_up = {o.inputs["x"].arguments[0].name for o in operations if o.type == "gather"}
+    blobs = []
+    for operation in operations:
         bindings = [b for given in operation.inputs.values() for b in given.arguments]
         values = [*operation.attributes.values(), *(binding.value for binding in bindings)]
-        stored = [v for v in values if v.WhichOneof("value") == "blobFileValue"]
-        offsets |= {value.blobFileValue.offset for value in stored}
-    size, start = max((b - a, a) for a, b in pairwise(sorted(offsets)))
-    path = package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
-    data = bytearray(path.read_bytes())
-    data[start + 64 : start + size] = bytes(255 - byte for byte in data[start + 64 : start + size])
+        for value in values:
+            if value.HasField("blobFileValue") and operation.outputs[0].name not in looked_up:
+                at = value.blobFileValue.offset
+                _, _, size, start = struct.unpack_from("<IIQQ", data, at)
+                blobs.append((size, start))
+    size, start = max(blobs)
+    data[start + size // 4 * 2 + 1] ^= 0x40
     path.write_bytes(data)
+
+
+def _swap(folder, manifest, graph, kind, names):
+    """Swaps two inputs of the last operation of a kind; of the whole graph where that is None."""
+    place, spec, operations = _function(folder, manifest, graph)
+    if kind is not None:
+        last = [operation for operation in operations if operation.type == kind][-1]
+        first, second = (last.inputs[name].arguments[0] for name in names)
+        first.name, second.name = second.name, first.name
+    else:
+        other = dict([names, names[::-1]])
+        for operation in operations:
+            for binding in (b for given in operation.inputs.values() for b in given.arguments):
+                if binding.WhichOneof("binding") == "name":
+                    binding.name = other.get(binding.name, binding.name)
+    (place / "model.mlmodel").write_bytes(spec.SerializeToString())
 
 
 def test_the_bundle_is_small_shares_its_weights_and_passes_its_floors(built):
@@ -161,29 +190,43 @@ def test_a_flipped_bit_is_caught_though_the_manifest_was_made_to_match(copy, cap
     assert "weight.bin is not the file that was run when the bundle was built" in err
 
 
-def test_damaged_weights_are_caught_by_what_the_graph_computes(copy, capsys):
-    _damage(copy / "Unet.mlpackage")
+_GRAPHS = ("encode", "denoise", "denoise_shallow", "decode")
+
+
+@pytest.mark.parametrize("graph", _GRAPHS)
+def test_a_flipped_bit_is_caught_by_what_each_graph_computes(copy, capsys, graph):
+    _flip_a_weights_high_bit(copy, read_manifest(copy), graph)
     _seal(copy)
     code, out, err = _verify(capsys, copy)
     assert code == 1
     assert "WRONG" in out
-    assert "graph denoise (coreml) computes something else than" in err
+    assert f"graph {graph} (coreml) computes something else than" in err
 
 
-def test_swapped_inputs_are_caught_by_what_the_graph_computes(copy, capsys):
-    spec = ct.utils.load_spec(str(copy / "Unet.mlpackage"))
-    function = spec.mlProgram.functions["denoise_shallow"]
-    other = {"gain": "bias", "bias": "gain"}
-    for operation in function.block_specializations[function.opset].operations:
-        for argument in operation.inputs.values():
-            for binding in argument.arguments:
-                if binding.WhichOneof("binding") == "name":
-                    binding.name = other.get(binding.name, binding.name)
-    (copy / _MODEL).write_bytes(spec.SerializeToString())
+@pytest.mark.parametrize(
+    ("graph", "kind", "names"),
+    [
+        ("encode", "layer_norm", ("gamma", "beta")),
+        ("denoise", "sub", ("x", "y")),
+        ("denoise_shallow", None, ("gain", "bias")),
+        ("decode", "sub", ("x", "y")),
+    ],
+)
+def test_swapped_inputs_are_caught_by_what_each_graph_computes(copy, capsys, graph, kind, names):
+    _swap(copy, read_manifest(copy), graph, kind, names)
     _seal(copy)
     code, _, err = _verify(capsys, copy)
     assert code == 1
-    assert "graph denoise_shallow (coreml) computes something else than its float module" in err
+    assert f"graph {graph} (coreml) computes something else than its float module" in err
+
+
+def test_swapped_inputs_of_other_shapes_are_caught_where_they_do_not_fit(copy, capsys):
+    _swap(copy, read_manifest(copy), "denoise", None, ("latents", "embeddings"))
+    _seal(copy)
+    code, _, err = _verify(capsys, copy)
+    assert code == 1
+    assert "graph denoise cannot be run on its check inputs" in err
+    assert "Unet.mlpackage cannot be read as a Core ML program" in err
 
 
 def test_a_bundle_without_checks_says_so(copy, capsys):
@@ -212,7 +255,8 @@ def test_an_engine_that_the_bundle_is_not_for_is_refused(built, capsys):
 
 @pytest.mark.slow
 def test_both_backends_make_the_same_picture_of_one_bundle(tmp_path, capsys):
-    folder, result = _build(tmp_path, "--backend", "executorch,coreml", "--quantization", "none")
+    words = ("--backend", "executorch,coreml", "--quantization", "none", "--layout", "executorch")
+    folder, result = _build(tmp_path, *words)
     assert set(result["alternatives"]) == {"coreml"}
     assert _verify(capsys, folder)[0] == 0
     pictures = []
@@ -266,11 +310,19 @@ def test_a_backend_that_is_none_is_refused(tmp_path, capsys):
 def test_a_weight_file_that_the_neural_engine_refuses_is_warned_of_with_the_cure():
     gib = 1 << 30
     half = CoreMLOptions("ios18", "float16", 4.0)
-    assert size_warning(2 * gib, half) is None
-    assert size_warning(3 * gib, half) == (
+    assert size_warning(2 * gib, 4 * gib, half) is None
+    assert size_warning(3 * gib, 6 * gib + 1, half) == (
         "the Core ML UNet's weight file has 3.00 GiB: the Neural Engine refuses more than 2 GiB on "
-        "ios18; build with --compression 4"
+        "ios18; build with mixed weights, not float16, and --compression 3.1"
     )
-    old = size_warning(3 * gib // 2, CoreMLOptions("ios17", "mixed", 4.0))
+    old = size_warning(3 * gib // 2, 6 * gib, CoreMLOptions("ios17", "mixed", 4.0))
     assert old is not None
-    assert old.endswith("refuses more than 1 GiB on ios17; build with --compression 8")
+    assert old.endswith("refuses more than 1 GiB on ios17; build with --compression 6")
+
+
+def test_weights_that_are_too_coarse_are_refused_with_what_to_take_instead():
+    assert CoreMLOptions("ios18", "int4", 4.0).cure == (
+        "int4 weights are too coarse for this UNet: take the default, --coreml-weights mixed, "
+        "which keeps more bits where they count (--compression 6 or 8 makes it smaller)"
+    )
+    assert CoreMLOptions("ios18", "mixed", 9.0).cure == "ask for less than --compression 9"

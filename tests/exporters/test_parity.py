@@ -44,6 +44,11 @@ def test_an_error_below_the_floor_names_graph_output_ratio_and_floor():
     )
 
 
+def test_what_would_help_is_part_of_the_error():
+    with pytest.raises(ParityError, match=r"at least 30\.0 dB are required; take more bits$"):
+        check_parity("denoise", double, off_by(0.1), INPUTS, 30.0, "take more bits")
+
+
 def test_the_second_output_is_held_to_the_floor_too():
     exported = lambda a: {"y": 2 * a["x"], "z": -a["x"]}  # noqa: E731
     assert refusal(exported).startswith("graph denoise computes something else")

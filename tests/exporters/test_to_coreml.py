@@ -1,8 +1,12 @@
 """The four graphs of tiny models as packages, run from the disk by the interpreter."""
 
+from collections import Counter
+
+import coremltools as ct
 import numpy as np
 import pytest
 import torch
+from coremltools.proto.MIL_pb2 import DataType
 from torch import nn
 
 from cq_edge.errors import ExportError
@@ -82,6 +86,36 @@ def test_ios17_gets_a_package_for_each_graph_that_computes_the_same(tmp_path):
         run = read_functions(tmp_path / place.package)["main"].run
         inputs = [tiny_arrays(SPECS[name], 981.0)]
         check_parity(name, module_graph(modules[name], SPECS[name]), run, inputs, 50.0)
+
+
+def _in_float32(package, function):
+    """Returns how many operations that sum or convolve have results in float32, by kind."""
+    kinds = Counter()
+    held = ct.utils.load_spec(str(package)).mlProgram.functions[function]
+    for operation in held.block_specializations[held.opset].operations:
+        kind = operation.outputs[0].type.tensorType.dataType
+        if operation.type in ("add", "concat", "conv") and kind == DataType.FLOAT32:
+            kinds[operation.type] += 1
+    return dict(kinds)
+
+
+def test_of_the_unet_only_the_first_convolution_is_in_float32(exported):
+    package = exported[0] / "Unet.mlpackage"
+    assert _in_float32(package, "denoise") == {"conv": 1}
+    assert _in_float32(package, "denoise_shallow") == {"conv": 1}
+
+
+def test_the_last_stream_is_summed_in_float32_where_that_is_asked_for(exported, tmp_path):
+    modules = {name: m for name, m in exported[2].items() if name.startswith("denoise")}
+    export_coreml(modules, SPECS, tmp_path, float32_stream=True)
+    package = tmp_path / "Unet.mlpackage"
+    # two layers in the full graph and one in the shallow: a skip joined, a shortcut, two sums each
+    assert _in_float32(package, "denoise") == {"concat": 2, "conv": 3, "add": 4}
+    assert _in_float32(package, "denoise_shallow") == {"concat": 1, "conv": 2, "add": 2}
+    for name, function in read_functions(package).items():
+        inputs = [tiny_arrays(SPECS[name], timestep) for timestep in (999.0, 1.0)]
+        reference = module_graph(modules[name], SPECS[name])
+        check_parity(name, reference, function.run, inputs, 50.0)
 
 
 def test_float16_does_not_blur_neighbouring_timesteps(tmp_path):
