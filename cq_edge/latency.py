@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
@@ -193,7 +194,7 @@ class DeviceProfile:
         """
         try:
             content: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{path} cannot be read as a device profile: {error}") from error
         try:
             return cls._from_json(content)
@@ -244,6 +245,7 @@ def _check_known(where: str, content: Any, known: tuple[str, ...]) -> None:
 def _check_number(name: str, value: Any, *, zero: bool = False) -> None:
     """Refuses what is no finite number above 0, or 0 where it is allowed."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    # a whole number may be too large for a float
+    if not number or not 0 <= value <= sys.float_info.max or (value == 0 and not zero):
         least = "of 0 or more" if zero else "above 0"
-        raise UsageError(f"{name} is {value!r}: it must be a finite number {least}")
+        raise UsageError(f"{name} is {value!r:.40}: it must be a finite number {least}")

@@ -16,6 +16,7 @@ The units ("terms") of a graph, each with a device's cost:
 """
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -310,8 +311,8 @@ def _matrix(rows: Sequence[Mapping[str, float]], terms: Sequence[str]) -> NDArra
 
 
 def _require_above_zero(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise BundleError(f"{name} is {value}: it must be finite and above 0")
+    if not 0 < value <= sys.float_info.max:  # a whole number may be too large for a float
+        raise BundleError(f"{name} is {value!r:.40}: it must be finite and above 0")
 
 
 def _require_known_term(name: str, term: str) -> None:

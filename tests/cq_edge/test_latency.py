@@ -71,6 +71,7 @@ def measured(**changes):
 def content(**changes):
     rows = {graph: {"p50_ms": ms} for graph, ms in TIMES.items()}
     rows["encode"].update(changes.pop("encode", {}))
+    rows["decode"] = changes.pop("decode_row", rows["decode"])
     return {"engine": "xnnpack", "graphs_sha256": "ab", "graphs": rows, **changes}
 
 
@@ -90,6 +91,9 @@ def content(**changes):
          "graphs.encode.p50_ms is 0: it must be a finite number above 0"),
         (content(encode={"p50_ms": float("nan")}),
          "graphs.encode.p50_ms is nan: it must be a finite number above 0"),
+        (content(encode={"p50_ms": 10**400}),
+         f"graphs.encode.p50_ms is 1{'0' * 39}: it must be a finite number above 0"),
+        (content(decode_row={}), "graphs.decode.p50_ms is missing"),
         (content(encode={"p50_ms": "3"}),
          "graphs.encode.p50_ms is '3': it must be a finite number above 0"),
         (content(encode={"p50_ms": True}),
@@ -130,9 +134,10 @@ def test_says_which_field_of_a_file_is_wrong_and_what_is_allowed(tmp_path, given
 
 def test_a_file_that_is_no_json_is_named(tmp_path):
     path = tmp_path / "device.json"
-    path.write_text("{")
-    with pytest.raises(UsageError, match=f"^{re.escape(str(path))} cannot be read as a device"):
-        DeviceProfile.load(path)
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=f"^{re.escape(str(path))} cannot be read as a device"):
+            DeviceProfile.load(path)
 
 
 def test_refuses_the_profile_of_something_else():

@@ -159,6 +159,8 @@ def _set(key, value):
         (_set("dispatch_us", -1.0), "dispatch_us is -1.0: it must be finite and above 0"),
         (_set("error", 0.0), "error is 0.0: it must be finite and above 0"),
         (_set("tile_rows", 0), "tile_rows is 0: it must be finite and above 0"),
+        (_set("tile_rows", 10**400),
+         f"tile_rows is 1{'0' * 39}: it must be finite and above 0"),
         (_set("tile_rows", 1.5), "tile_rows is a number (1.5): it must be a whole number"),
         (_set("load_ms", -3.0), "load_ms is -3.0: it must be finite and above 0"),
         (_set("load_ms", "1"), "load_ms is a string ('1'): it must be null or a number"),
