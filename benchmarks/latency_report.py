@@ -14,6 +14,18 @@ from cq_edge.latency_model import Device
 from cq_edge.metrics import spearman_rho
 
 _SHOWN = 12  # worst predictions
+_ODD_PHONES = (
+    "The order of the phones' processors cannot follow from what their makers publish: the source "
+    "contradicts itself. On the same page (react-native-executorch, Inference Time) and through "
+    "the same library the Galaxy S24 takes 2.4 times as long as either iPhone for CRAFT "
+    "(`forward_800`: 521, 221 and 220 ms), 3 times as long for Whisper-tiny's encoder (277, 93 and "
+    "89 ms) and 1.05 times as long as the iPhone 17 Pro for YOLO26X-SEG (1410 and 1338 ms), yet "
+    "0.89 times as long here; and the OnePlus 12, with the Galaxy's chip, takes 16.6 s. Clocks "
+    "times SIMD width times threads (the peaks used here) put the iPhone 17 Pro before the Galaxy, "
+    "as those other models do. The page does not say which versions each row was measured with, "
+    "nor which operators of "
+    "this model ran outside XNNPACK, which depends on the version that exported it."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +188,8 @@ def _published(report: Report) -> Iterable[str]:
             f"| {family} | {model} | {order.neither} of {order.pairs} | "
             f"{order.each} of {order.pairs} | {order.ties} |"
         )
+    yield ""
+    yield _ODD_PHONES
 
 
 def _ms(value: float) -> str:
