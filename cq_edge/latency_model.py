@@ -282,7 +282,8 @@ def fit_costs(
 ) -> dict[str, float]:
     """Returns the costs that explain measured times best: least squares of relative errors.
 
-    What the measurements do not pin keeps its proportion to the rest as it was at the start.
+    What the measurements do not pin keeps its proportion at the start: narrower products that to
+    float32 products of their kind, everything else that to the rest.
 
     Args:
         measured: Of each graph its terms and its milliseconds.
@@ -298,10 +299,13 @@ def fit_costs(
     rows /= np.array([ms for _, ms in measured])[:, None]
     scale = float(rows.sum(axis=1).sum() / np.square(rows.sum(axis=1)).sum())
     rows *= scale
-    anchors = np.eye(len(terms)) / looseness
-    matrix, target = np.vstack([rows, anchors]), np.ones(len(rows) + len(terms))
-    target[len(rows) :] /= looseness
-    factors, _ = nnls(matrix, target)
+    anchors, proportions = np.eye(len(terms)), np.ones(len(terms))
+    for index, term in enumerate(terms):
+        wide = f"{term.split()[0]} float32"
+        if term in _COMPUTED and term != wide and wide in terms:
+            anchors[index, terms.index(wide)], proportions[index] = -1.0, 0.0
+    matrix = np.vstack([rows, anchors / looseness])
+    factors, _ = nnls(matrix, np.concatenate([np.ones(len(rows)), proportions / looseness]))
     factors = np.maximum(factors, 0.02)  # a rate must be finite
     return dict(zip(terms, (first * scale * factors).tolist(), strict=True))
 
