@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.latency_operators import GRAPH as OPERATOR
 from benchmarks.latency_operators import operator_module, operator_settings, operator_spec
-from benchmarks.latency_setting import Setting
+from benchmarks.latency_setting import DATA_TYPES, LATENTS, WIDTHS, Setting
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
 from cq_edge.model.load import load_pipeline
 from cq_edge.model.optimize import OptimizeConfig, optimize
@@ -22,9 +22,6 @@ from cq_edge.model.rewrite import rewrite_for_xnnpack
 from exporters.graph_spec import GraphSpec, graph_specs
 from exporters.to_executorch import example_inputs, export_executorch
 
-WIDTHS = ((32, 64), (48, 96), (64, 128), (96, 160), (128, 192), (160, 256))
-LATENTS = (8, 16, 24, 32, 48, 64)
-DATA_TYPES = ("float32", "int8")
 _EMBEDDING_WIDTH = 128
 
 
