@@ -1,5 +1,6 @@
 """What has been measured of a bundle so far; valid at any time, so that Ctrl-C loses nothing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +57,31 @@ class Measurement:
     def is_profile(self) -> bool:
         """Whether every graph has run, so that there is a profile."""
         return {run.graph for run in self.runs} >= set(GRAPHS)
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds were done, those that warm up apart."""
+        return max((run.round_index for run in self.runs), default=0)
+
+    @property
+    def longest_s(self) -> float:
+        """The seconds that the graph which ran longest has run, warm-ups included."""
+        spent_ms = dict.fromkeys(GRAPHS, 0.0)
+        for run in self.runs:
+            spent_ms[run.graph] += run.taken_ms
+        return max(spent_ms.values()) / 1e3
+
+    def add(self, runs: Sequence[TimedRun], process: int, done: int) -> None:
+        """Takes in a round of a process.
+
+        Args:
+            runs: Of the round.
+            process: Which it is.
+            done: Rounds of the processes before it.
+        """
+        for run in runs:
+            index = 0 if run.warms_up else done + run.round_index
+            self.runs.append(replace(run, round_index=index, process=process))
 
     def profile(self) -> DeviceProfile:
         """Returns the device profile of what was measured.

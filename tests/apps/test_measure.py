@@ -30,6 +30,7 @@ def test_the_profile_the_report_and_the_screen_hold_every_graph(home, capsys):
         assert key in profile.conditions
         assert f"{key}: " in screen
     assert profile.conditions["complete"] == "yes"
+    assert (profile.conditions["rounds"], profile.conditions["processes"]) == (3, 3)
     assert profile.conditions["sustained_drift"] > 0
     page = (home / "here.html").read_text()
     assert page.count("data:image/png;base64,") == 2  # every run, and without a pause

@@ -89,6 +89,14 @@ def test_what_no_measurement_pins_keeps_its_proportion():
     assert found == pytest.approx({"linear float32": 20.0, "linear int8": 5.0})
 
 
+def test_a_narrow_product_follows_the_float32_product_of_its_kind():
+    start = {"linear float32": 10.0, "linear int8": 2.5, "convolution float32": 10.0}
+    measured = [({"linear float32": 3.0}, 60.0), ({"convolution float32": 3.0}, 15.0)]
+    found = fit_costs(measured * 100, start, looseness=10.0)
+    assert found["linear float32"] == pytest.approx(20.0, rel=1e-3)
+    assert found["linear int8"] == pytest.approx(found["linear float32"] / 4, rel=1e-6)
+
+
 def test_no_cost_is_negative_or_zero_whatever_was_measured():
     start = {"linear float32": 1.0, "elementwise": 1.0}
     measured = [({"linear float32": 1.0, "elementwise": x}, 5.0 - x) for x in (1.0, 2.0, 3.0)]

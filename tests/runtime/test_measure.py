@@ -55,6 +55,8 @@ def test_the_first_round_does_not_count_unless_it_is_all_there_is():
     runs = [TimedRun(0, "encode", 9.0), TimedRun(0, "encode", 8.0), TimedRun(1, "encode", 2.0)]
     assert counted_ms(runs) == {"encode": [2.0]}
     assert counted_ms(runs[:2]) == {"encode": [8.0]}
+    elsewhere = TimedRun(0, "encode", 7.0, process=1)
+    assert counted_ms([*runs[:2], elsewhere]) == {"encode": [8.0, 7.0]}
 
 
 def test_quantiles_are_numpys():
