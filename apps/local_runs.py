@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from contextlib import closing
 from statistics import median
 
 from tqdm import tqdm
@@ -58,11 +59,12 @@ def _time(
             rounds -= share
             if measurement.longest_s > at_most_s:
                 break
-            given = (make_engine, bundle, args.threads)
-            for found in fresh_rounds(*given, rounds=share, at_most_s=at_most_s / processes):
-                watched[process] = found.watched
-                measurement.add(found.runs, process, done)
-                bar.update(len(found.runs))
+            given, longest_s = (make_engine, bundle, args.threads), at_most_s / processes
+            with closing(fresh_rounds(*given, rounds=share, at_most_s=longest_s)) as found:
+                for each in found:
+                    watched[process] = each.watched
+                    measurement.add(each.runs, process, done)
+                    bar.update(len(each.runs))
     finally:
         bar.close()
         measurement.conditions.update(rounds=measurement.rounds, processes=len(watched))

@@ -5,7 +5,7 @@ process are faster or slower than those of another, by more than they differ amo
 Only runs of several processes show how far times of the same graph spread.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -26,7 +26,7 @@ class Round:
 
 def fresh_rounds(
     make_engine: MakeEngine, bundle: Bundle, threads: int | None, *, rounds: int, at_most_s: float
-) -> Iterator[Round]:
+) -> Generator[Round, None, None]:
     """Returns an iterator of the rounds of a fresh process as they are done, the one that warms
     up first. Closing it ends the process.
 

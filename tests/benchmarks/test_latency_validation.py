@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from benchmarks.latency_graphs import settings
 from benchmarks.latency_data import Timings, known_operators, timed_devices
+from benchmarks.latency_graphs import settings
 from benchmarks.latency_machine import START, Point, errors_of, held_out, splits
 from benchmarks.latency_published import Chip, Order, Row, fit, pair_orders
-from benchmarks.published_models import parameters, text_operators, unet_operators
 from benchmarks.latency_setting import Setting
+from benchmarks.published_models import parameters, text_operators, unet_operators
 from cq_edge.latency_model import device_names, terms_of
 from cq_edge.operators import Operator, multiply_adds
 
