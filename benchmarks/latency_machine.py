@@ -77,8 +77,12 @@ class HeldOut:
         return self.low_ms <= self.point.ms <= self.high_ms
 
 
-def splits() -> dict[str, list[Split]]:
-    """Returns the folds of each question, by the question."""
+def splits(*, operators: bool = True) -> dict[str, list[Split]]:
+    """Returns the folds of each question, by the question.
+
+    Args:
+        operators: Whether single operators were timed, so that there is a question of them.
+    """
 
     def is_unet(setting: Setting) -> bool:
         return setting.graph.startswith("denoise")
@@ -108,6 +112,7 @@ def splits() -> dict[str, list[Split]]:
     def is_few(setting: Setting) -> bool:
         return setting.widths == _FEW_INT8 and setting.graph == "denoise_shallow"
 
+    single = "int8 from float32 and single int8 operators"
     return {
         "other widths": other("width", lambda s: s.widths, WIDTHS),
         "other latents": other("latents", lambda s: s.latents, LATENTS),
@@ -119,7 +124,7 @@ def splits() -> dict[str, list[Split]]:
         ),
         "int8 from float32 alone": int8(lambda _: False),
         "int8 from float32 and three small int8 graphs": int8(is_few),
-        "int8 from float32 and single int8 operators": int8(is_operator),
+        **({single: int8(is_operator)} if operators else {}),
         "decoders from the rest": one_way("decode", lambda s: s.graph != "decode", "decode"),
         "text encoders from the rest": one_way("encode", lambda s: s.graph != "encode", "encode"),
     }

@@ -123,7 +123,8 @@ def _machine(name: str) -> Machine:
         loading = fit_loading(fitted, timings.loads_ms)
     device = device_of(fitted, loading, **_words(timings, len(fitted)))
     _write_device(name, device)
-    found = {question: held_out(fitted, folds) for question, folds in splits().items()}
+    questions = splits(operators=any(point.setting.graph == "operator" for point in points))
+    found = {question: held_out(fitted, folds) for question, folds in questions.items()}
     outside = [point for point in points if point.setting.is_of_bundle]
     if outside:
         # the device was fitted without them

@@ -69,7 +69,8 @@ def _lines(profiles: Sequence[DeviceProfile], disturbed: DeviceProfile) -> list[
         "",
         "Median (p10–p90). Two runs agree where each one's median lies within the other's p10 to "
         f"p90. Conditions: {said['processor']}, {said['cores']} cores, {said['engine']}, "
-        f"{said['threads']} threads, {said['rounds']} rounds a run, a process a run.",
+        f"{said['threads']} threads, {said['rounds']} rounds in {said['processes']} processes a "
+        "run.",
     ]
 
 
