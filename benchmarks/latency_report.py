@@ -26,9 +26,11 @@ operators are fitted in every row (their int8 ones not in "int8 from float32" ro
 them) and never counted as points. Error: predicted over measured, less 1. In range: the share of
 measured times in the prediction's 90 % range. Distance: 0 where measured graphs pin the time, 1
 where they say nothing. Tile, looseness, starting rates and which operators have terms of their own
-were chosen on the Zen 4 machine with these errors in sight; the other was timed after. int8 from float32 alone rests on one assumption: a product of bytes runs at
-four times the rate of the same product in float32, which is what processors' dot products of bytes
-do; what quantises activations moves bytes."""
+were chosen on the Zen 4 machine with these errors in sight; the other was timed after. int8 from
+float32 alone rests on one assumption: a product of bytes runs at four times the rate of the same
+product in float32, which is what processors' dot products of bytes do; what quantises activations
+moves bytes.
+"""
 _ODD_PHONES = (
     "The order of the phones' processors cannot follow from what their makers publish: the source "
     "contradicts itself. On the same page (react-native-executorch, Inference Time) and through "
