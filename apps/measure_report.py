@@ -24,7 +24,9 @@ _COLUMNS: Mapping[str, Callable[[GraphFigures], str]] = {
     "MiB": lambda row: _number(row.peak_memory_mib),
 }
 _MOST_OPERATORS = 40  # that the report shows
-_BLOCKS_TITLE = "denoise, cut at block borders: each part exported and timed alone, ms"
+# multiply-adds tell parts that compute from those that move data: the latter have a low rate
+_BLOCK_COLUMNS = ("part", "p50 ms", "share", "10⁶ multiply-adds", "10⁹ a second")
+_BLOCKS_TITLE = "denoise, cut at block borders: each part exported and timed alone"
 _NOTES = (
     "Milliseconds of a run: quantiles, p10 to p90 is the spread. Milliseconds of loading the graph "
     "in a fresh process, with its file on the disk (cold) or in the system's cache (warm). MiB: "
@@ -48,7 +50,7 @@ def print_table(title: str, measurement: Measurement, profile: DeviceProfile) ->
     console.print(table)
     if measurement.blocks:
         blocks = Table(title=_BLOCKS_TITLE, title_justify="left")
-        for name in ("part", "p50", "share"):
+        for name in _BLOCK_COLUMNS:
             blocks.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
         for cells in _block_rows(measurement, profile):
             blocks.add_row(*cells)
@@ -58,15 +60,20 @@ def print_table(title: str, measurement: Measurement, profile: DeviceProfile) ->
         print(f"{key.replace('_', ' ')}: {value}")
 
 
-def _block_rows(measurement: Measurement, profile: DeviceProfile) -> list[tuple[str, str, str]]:
-    """Returns each part's time and its share of them all, then all against the whole graph."""
-    total_ms = sum(block.p50_ms for block in measurement.blocks)
-    rows = [(b.name, f"{b.p50_ms:.3f}", f"{b.p50_ms / total_ms:.1%}") for b in measurement.blocks]
-    whole_ms = profile.graphs_ms["denoise"]
+def _block_rows(measurement: Measurement, profile: DeviceProfile) -> list[tuple[str, ...]]:
+    """Returns each part's cells of `_BLOCK_COLUMNS`, then those of all against the whole graph."""
+    blocks = measurement.blocks
+    total_ms = sum(block.p50_ms for block in blocks)
+
+    def row(name: str, ms: float, products: int) -> tuple[str, ...]:
+        share, rate = f"{ms / total_ms:.1%}", products / ms / 1e6
+        return name, f"{ms:.3f}", share, f"{products / 1e6:.1f}", f"{rate:.1f}"
+
+    products = sum(block.multiply_adds for block in blocks)
     return [
-        *rows,
-        ("all parts", f"{total_ms:.3f}", "100.0%"),
-        ("the whole graph", f"{whole_ms:.3f}", f"{whole_ms / total_ms:.1%}"),
+        *(row(block.name, block.p50_ms, block.multiply_adds) for block in blocks),
+        row("all parts", total_ms, products),
+        row("the whole graph", profile.graphs_ms["denoise"], products),
     ]
 
 
@@ -90,10 +97,10 @@ def html_report(title: str, measurement: Measurement, profile: DeviceProfile) ->
         parts += ["<h2>Without a pause</h2>", image(_plot_sustained(measurement))]
     if measurement.blocks:
         cells = "".join(
-            f"<tr><td>{name}</td><td>{taken}</td><td>{share}</td></tr>"
-            for name, taken, share in _block_rows(measurement, profile)
+            f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
+            for row in _block_rows(measurement, profile)
         )
-        head = "<tr><th>part<th>p50 ms<th>share</tr>"
+        head = f"<tr>{''.join(f'<th>{name}' for name in _BLOCK_COLUMNS)}</tr>"
         parts += [f"<h2>{_BLOCKS_TITLE}</h2><table>{head}{cells}</table>"]
     if measurement.operators:
         parts += [

@@ -15,10 +15,17 @@ from runtime.sustain import drift
 
 @dataclass(frozen=True, slots=True)
 class BlockTime:
-    """The median of a part of the full graph, exported and timed alone."""
+    """A part of the full graph, exported and timed alone.
+
+    Attributes:
+        name: Of the part.
+        p50_ms: Median of its runs.
+        multiply_adds: Of one run.
+    """
 
     name: str
     p50_ms: float
+    multiply_adds: int
 
 
 @dataclass(slots=True)

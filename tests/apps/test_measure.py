@@ -9,6 +9,7 @@ from apps.cli import main
 from cq_edge.latency import GRAPHS, DeviceProfile
 from runtime.bundle import open_bundle
 from runtime.measure import RUNS_PER_ROUND
+from runtime.measurement import BlockTime
 from tests.interrupting import interrupted
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,21 @@ def test_the_profile_the_report_and_the_screen_hold_every_graph(home, capsys):
     page = (home / "here.html").read_text()
     assert page.count("data:image/png;base64,") == 2  # every run, and without a pause
     assert not re.search('(src|href)=(?!"data:)', page)
+
+
+def test_parts_of_the_full_graph_stand_with_their_shares_and_rates(home, capsys, monkeypatch):
+    parts = [BlockTime("mid_layer_0", 3.0, 60_000_000), BlockTime("head", 1.0, 5_000_000)]
+    monkeypatch.setattr(measure_module, "measure_blocks", lambda *_: parts)
+    words = ["--rounds", "1", "--timing-only", "--blocks", "built-in", "--html", "here.html"]
+    assert main(["measure", "bundle", *words]) == 0
+    screen, page = capsys.readouterr().out, (home / "here.html").read_text()
+    for cells in (
+        ("mid_layer_0", "3.000", "75.0%", "60.0", "20.0"),
+        ("head", "1.000", "25.0%", "5.0", "5.0"),
+        ("all parts", "4.000", "100.0%", "65.0", "16.2"),
+    ):
+        assert re.search(r"\s*│\s*".join(map(re.escape, cells)), screen)
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in page
 
 
 def test_plan_and_generate_work_from_what_measure_wrote(home, capsys, monkeypatch):
