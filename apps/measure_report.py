@@ -24,6 +24,10 @@ _COLUMNS: Mapping[str, Callable[[GraphFigures], str]] = {
     "MiB": lambda row: _number(row.peak_memory_mib),
 }
 _MOST_OPERATORS = 40  # that the report shows
+_OPERATORS_TITLES = {
+    "coreml": "Operators, as Core ML's compute plan estimates them",
+    "xnnpack": "Operators, as ExecuTorch's event tracer times them",
+}
 # multiply-adds tell parts that compute from those that move data: the latter have a low rate
 _BLOCK_COLUMNS = ("part", "p50 ms", "share", "10⁶ multiply-adds", "10⁹ a second")
 _BLOCKS_TITLE = "denoise, cut at block borders: each part exported and timed alone"
@@ -104,7 +108,7 @@ def html_report(title: str, measurement: Measurement, profile: DeviceProfile) ->
         parts += [f"<h2>{_BLOCKS_TITLE}</h2><table>{head}{cells}</table>"]
     if measurement.operators:
         parts += [
-            "<h2>Operators, as Core ML's compute plan estimates them</h2>",
+            f"<h2>{_OPERATORS_TITLES[measurement.engine]}</h2>",
             _operators(measurement),
         ]
     parts += ["<h2>Conditions</h2>", f"<table>{conditions}</table>"]

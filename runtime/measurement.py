@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from cq_edge.latency import GRAPHS, DeviceProfile
-from runtime.coreml_benchmark import OperatorTime
 from runtime.measure import TimedRun, counted_ms, figures
 from runtime.noise import Noise
+from runtime.operator_time import OperatorTime
 from runtime.sustain import drift
 
 
