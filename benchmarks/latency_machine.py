@@ -169,7 +169,10 @@ def device_of(
 def fit_loading(points: Sequence[Point], loads_ms: Mapping[str, float]) -> tuple[float, float]:
     """Returns the milliseconds of loading a graph, and 10⁹ bytes of weights loaded a second."""
     rows = [
-        ({"graph": 1.0, "weights": terms_of(p.operators)["weights"]}, loads_ms[p.setting.name])
+        (
+            {"graph": 1.0, "weights": terms_of(p.operators).get("weights", 0.0)},
+            loads_ms[p.setting.name],
+        )
         for p in points
         if p.setting.name in loads_ms
     ]
