@@ -26,6 +26,7 @@ START = {
     **{term: 1e3 / rate for term, rate in _GB_PER_S.items()},
     "dispatch": 3e-4,
     "dispatch int8": 6e-4,
+    "rows int8": 2e-5,
     "calls": 1e-2,
 }
 
@@ -154,6 +155,7 @@ def device_of(
         gb_per_s=_rates(costs, lambda term: term in MOVED),
         dispatch_us=_significant(costs["dispatch"] * 1e3),
         dispatch_int8_us=_significant(costs["dispatch int8"] * 1e3),
+        row_int8_us=_significant(costs["rows int8"] * 1e3),
         call_us=_significant(costs["calls"] * 1e3),
         tile_rows=TILE[0],
         tile_columns=TILE[1],

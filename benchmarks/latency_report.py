@@ -26,10 +26,11 @@ operators are fitted in every row (their int8 ones not in "int8 from float32" ro
 them) and never counted as points. Error: predicted over measured, less 1. In range: the share of
 measured times in the prediction's 90 % range. Distance: 0 where measured graphs pin the time, 1
 where they say nothing. Tile, looseness, starting rates and which operators have terms of their own
-were chosen on the Zen 4 machine with these errors in sight; the other was timed after. int8 from
-float32 alone rests on one assumption: a product of bytes runs at four times the rate of the same
-product in float32, which is what processors' dot products of bytes do; what quantises activations
-moves bytes.
+were chosen on the Zen 4 machine with these errors in sight; the Zen 5 machine was timed after. One
+term was added then, a row's of int8 linear layers: without it the least graph of all (0.09 ms) was
+up to 29.4 % off, and no other more than 20 %. int8 from float32 alone rests on one assumption: a
+product of bytes runs at four times the rate of the same product in float32, which is what
+processors' dot products of bytes do; what quantises activations moves bytes.
 """
 _ODD_PHONES = (
     "The order of the phones' processors cannot follow from what their makers publish: the source "
@@ -130,6 +131,7 @@ def _machine(machine: Machine) -> Iterable[str]:
         yield f"| {term} | {rate:.4g} GB/s |"
     yield f"| dispatch | {device.dispatch_us:.3g} µs |"
     yield f"| dispatch, int8 | {device.dispatch_int8_us:.3g} µs |"
+    yield f"| row, int8 | {device.row_int8_us:.3g} µs |"
     yield f"| call | {device.call_us:.3g} µs |"
     yield ""
     yield from _plans(machine.plans)

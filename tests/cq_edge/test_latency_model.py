@@ -34,6 +34,7 @@ def device(**changes):
             gb_per_s=dict.fromkeys(MOVED, 5.0),
             dispatch_us=2.0,
             dispatch_int8_us=3.0,
+            row_int8_us=0.01,
             call_us=50.0,
             tile_rows=1,
             tile_columns=16,
@@ -62,6 +63,7 @@ def test_quantised_operators_are_dispatched_at_their_own_cost():
     quantise = replace(ADD, kind="quantise")
     terms = terms_of((LINEAR, quantise, replace(LINEAR, dtype="int8")))
     assert (terms["dispatch"], terms["dispatch int8"]) == (2, 3)
+    assert terms["rows int8"] == 2 * 100
 
 
 def test_terms_scale_with_counts():
