@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -89,9 +89,9 @@ def known_operators() -> Mapping[str, Operators]:
     return load_operators(_OPERATORS)[_BACKEND] if _OPERATORS.exists() else {}
 
 
-def keep_operators(found: Iterable[tuple[str, Operators]]) -> None:
+def keep_operators(found: Mapping[str, Operators]) -> None:
     """Adds graphs to those whose operators are kept."""
-    save_operators(_OPERATORS, {_BACKEND: {**known_operators(), **dict(found)}})
+    save_operators(_OPERATORS, {_BACKEND: {**known_operators(), **found}})
 
 
 def _summary(turns: Sequence[float]) -> tuple[float, float | None]:

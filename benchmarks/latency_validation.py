@@ -59,7 +59,7 @@ def _time(args: argparse.Namespace) -> None:
     timings.date = datetime.now(UTC).strftime("%Y-%m-%d")
     bundles = [open_bundle(path) for path in args.bundles]
     graphs = _graphs(args.work, bundles)
-    _keep_operators(graphs)
+    _keep_operators(graphs, timings)
     set_threads(1)
     runs: dict[str, Run] = {}
     for setting, (file, spec) in tqdm(graphs.items(), desc="load", unit="graph"):
@@ -101,16 +101,18 @@ def _bundle_graphs(bundle: Bundle) -> Graphs:
     }
 
 
-def _keep_operators(graphs: Graphs) -> None:
-    """Reads the operators of graphs that were never read, and of bundles, which are rebuilt."""
+def _keep_operators(graphs: Graphs, timings: Timings) -> None:
+    """Reads the operators of graphs that were never read, and of bundles; forgets what was timed
+    of a bundle that was built anew since."""
     from exporters.program_operators import program_operators
 
-    known = known_operators()
-    keep_operators(
-        (setting.name, program_operators(file)[spec.name])
-        for setting, (file, spec) in tqdm(graphs.items(), desc="read", unit="graph")
-        if setting.is_of_bundle or setting.name not in known
-    )
+    known, found = known_operators(), {}
+    for setting, (file, spec) in tqdm(graphs.items(), desc="read", unit="graph"):
+        if setting.is_of_bundle or setting.name not in known:
+            found[setting.name] = program_operators(file)[spec.name]
+            if found[setting.name] != known.get(setting.name):
+                timings.turns_ms.pop(setting.name, None)
+    keep_operators(found)
 
 
 def _machine(name: str) -> Machine:
@@ -151,7 +153,7 @@ def _words(timings: Timings, count: int) -> dict[str, str]:
         "source": "python -m benchmarks.latency_validation",
         "date": timings.date,
         "measured": f"{count} graphs of random weights, in turns, medians",
-        "derived": "rates, by non-negative least squares; float16 in proportion to float32",
+        "derived": "rates, by non-negative least squares; float16 and int4 in proportion to float32",
     }
 
 

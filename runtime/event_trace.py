@@ -79,7 +79,8 @@ def _operators(events: list[Any]) -> Iterator[tuple[tuple[str, str], float]]:
 
 
 def _delegated(event: Any) -> bool:
-    return bool(event.delegate_debug_id_str) or (event.delegate_debug_id_int or -1) >= 0
+    number = event.delegate_debug_id_int
+    return bool(event.delegate_debug_id_str) or (number is not None and number >= 0)
 
 
 def _traced(library: Any, bundle: Bundle, graph: str) -> bytes:

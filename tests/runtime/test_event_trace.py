@@ -10,9 +10,9 @@ from runtime.event_trace import operator_times, traced_operators
 from runtime.operator_time import OperatorTime
 
 
-def _event(name, start_us, end_us, *, instruction=-1, inside=None):
+def _event(name, start_us, end_us, *, instruction=-1, inside=None, number=-1):
     profiled = etdump.ProfileEvent(
-        name, 0, instruction, -1, inside, None, start_us * 1000, end_us * 1000
+        name, 0, instruction, number, inside, None, start_us * 1000, end_us * 1000
     )
     return etdump.Event(profiled, None, None)
 
@@ -22,7 +22,7 @@ def _run(slower):
         _event("Method::execute", 0, 900 * slower),
         _event("DELEGATE_CALL", 0, 500, instruction=0),
         _event("", 0, 300 * slower, instruction=0, inside="Convolution"),
-        _event("", 300, 400, instruction=0, inside="Sigmoid"),
+        _event("Sigmoid", 300, 400, instruction=0, number=0),
         _event("", 400, 420 * slower, instruction=0, inside="Convolution"),
         _event("OPERATOR_CALL", 500, 640, instruction=1),
         _event("native_call_permute_copy.out", 510, 630, instruction=1),
