@@ -122,7 +122,8 @@ def _machine(name: str) -> Machine:
     fitted = [point for point in points if not point.setting.is_of_bundle]
     loading = (timings.load_ms, timings.load_gb_per_s)
     if timings.loads_ms:
-        loading = fit_loading(fitted, timings.loads_ms)
+        whole = [point for point in fitted if point.setting.graph != "operator"]
+        loading = fit_loading(whole, timings.loads_ms)
     device = device_of(fitted, loading, **_words(timings, len(fitted)))
     _write_device(name, device)
     questions = splits(operators=any(point.setting.graph == "operator" for point in points))
@@ -153,7 +154,7 @@ def _words(timings: Timings, count: int) -> dict[str, str]:
         "source": "python -m benchmarks.latency_validation",
         "date": timings.date,
         "measured": f"{count} graphs of random weights, in turns, medians",
-        "derived": "rates, by non-negative least squares; float16 and int4 in proportion to float32",
+        "derived": "rates, by non-negative least squares; float16 and int4 follow float32",
     }
 
 
