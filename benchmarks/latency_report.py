@@ -27,8 +27,8 @@ them) and never counted as points. Error: predicted over measured, less 1. In ra
 measured times in the prediction's 90 % range. Distance: 0 where measured graphs pin the time, 1
 where they say nothing. Tile, looseness, starting rates and which operators have terms of their own
 were chosen on the Zen 4 machine with these errors in sight; the Zen 5 machine was timed after. One
-term was added then, a row's of int8 linear layers: without it the least graph of all (0.09 ms) was
-up to 29.4 % off, and no other more than 20 %. int8 from float32 alone rests on one assumption: a
+term was added then, a row's of int8 linear layers: without it the smallest UNet (0.09 ms) was up to
+29.4 % off, and nothing else more than 20 %. int8 from float32 alone rests on one assumption: a
 product of bytes runs at four times the rate of the same product in float32, which is what
 processors' dot products of bytes do; what quantises activations moves bytes.
 """
