@@ -33,7 +33,8 @@ def _run(slower):
 
 def test_every_operator_has_its_median_and_what_wraps_operators_is_none():
     runs = [etdump.RunData("load", -1, [], [_event("Program::load_method", 0, 9)])]
-    dump = serialize_to_etdump_flatcc(etdump.ETDumpFlatCC(0, [*runs, *map(_run, (1, 1, 9))]))
+    made = serialize_to_etdump_flatcc(etdump.ETDumpFlatCC(0, [*runs, *map(_run, (1, 1, 9))]))
+    dump = len(made).to_bytes(4, "little") + made  # as the tracer's has, its size goes before it
     assert operator_times("decode", dump) == [
         OperatorTime("decode", "Convolution", "delegate", 0.3),
         OperatorTime("decode", "Sigmoid", "delegate", 0.1),
