@@ -23,6 +23,7 @@ _COLUMNS: Mapping[str, Callable[[GraphFigures], str]] = {
     "warm": lambda row: _number(row.load_ms.get("warm")),
     "MiB": lambda row: _number(row.peak_memory_mib),
 }
+_ANOTHER = "the median of another process lies within, 95 of 100 times, ms"
 _MOST_OPERATORS = 40  # that the report shows
 _OPERATORS_TITLES = {
     "coreml": "Operators, as Core ML's compute plan estimates them",
@@ -32,7 +33,7 @@ _OPERATORS_TITLES = {
 _BLOCK_COLUMNS = ("part", "p50 ms", "share", "10⁶ multiply-adds", "10⁹ a second")
 _BLOCKS_TITLE = "denoise, cut at block borders: each part exported and timed alone"
 _NOTES = (
-    "Milliseconds of a run: quantiles, p10 to p90 is the spread. Milliseconds of loading the graph "
+    "Milliseconds of a run: quantiles over all runs. Milliseconds of loading the graph "
     "in a fresh process, with its file on the disk (cold) or in the system's cache (warm). MiB: "
     "what the graph adds to a fresh process at its peak, watched in a pass of its own. Runs are in "
     "the order and company of a picture."
@@ -52,6 +53,8 @@ def print_table(title: str, measurement: Measurement, profile: DeviceProfile) ->
         row = profile.figures[graph]
         table.add_row(graph, *(cell(row) for cell in _COLUMNS.values()))
     console.print(table)
+    if ranges := _ranges(profile):
+        print(f"{_ANOTHER}: {ranges}")
     if measurement.blocks:
         blocks = Table(title=_BLOCKS_TITLE, title_justify="left")
         for name in _BLOCK_COLUMNS:
@@ -62,6 +65,15 @@ def print_table(title: str, measurement: Measurement, profile: DeviceProfile) ->
     print(f"beside its graphs a step takes {profile.step_ms:.3f} ms")
     for key, value in profile.conditions.items():
         print(f"{key.replace('_', ' ')}: {value}")
+
+
+def _ranges(profile: DeviceProfile) -> str:
+    """Returns the stated spread of each graph that has one."""
+    return ", ".join(
+        f"{graph} {row.low_ms:.2f} to {row.high_ms:.2f}"
+        for graph, row in profile.figures.items()
+        if row.low_ms is not None and row.high_ms is not None
+    )
 
 
 def _block_rows(measurement: Measurement, profile: DeviceProfile) -> list[tuple[str, ...]]:
@@ -93,6 +105,7 @@ def html_report(title: str, measurement: Measurement, profile: DeviceProfile) ->
         f"<!doctype html><meta charset=utf-8><title>cq-edge measure: {html.escape(title)}</title>",
         f"<style>{STYLE}</style><h1>cq-edge measure: {html.escape(title)}</h1>{noisy}",
         _table(profile),
+        f"<p>{_ANOTHER}: {_ranges(profile) or 'unknown, since one alone ran'}",
         f"<p><small>{html.escape(_NOTES)}</small>",
         "<h2>Every run</h2>",
         image(_plot_runs(measurement)),

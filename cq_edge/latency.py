@@ -17,6 +17,7 @@ QUIET = "quiet"
 GRAPHS = ("encode", "denoise", "denoise_shallow", "decode")
 _LOADS = ("cold", "warm")
 _QUANTILES = ("p10_ms", "p50_ms", "p90_ms", "p99_ms")
+_RANGE = ("low_ms", "high_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class GraphFigures:
     Attributes:
         p50_ms: Median of a run; above 0, as every figure here.
         p10_ms: A tenth of the runs took this or less; p90_ms and p99_ms likewise.
+        low_ms: With high_ms the spread that is stated: the median of one more process lies between
+            them, 95 of 100 times. None, both, where one process alone ran.
         load_ms: Of loading it in a fresh process: "cold" with its file read from the disk,
             "warm" with the file in the system's cache.
         peak_memory_mib: What the graph adds to a process that loads and runs it.
@@ -36,6 +39,8 @@ class GraphFigures:
     p10_ms: float | None = None
     p90_ms: float | None = None
     p99_ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
     load_ms: Mapping[str, float] = field(default_factory=dict)
     peak_memory_mib: float | None = None
     runs: int | None = None
@@ -50,7 +55,7 @@ class GraphFigures:
             UsageError: Names the field and what is allowed.
         """
         _check_number(f"{name}.p50_ms", self.p50_ms)
-        for key in ("p10_ms", "p90_ms", "p99_ms", "peak_memory_mib", "runs"):
+        for key in ("p10_ms", "p90_ms", "p99_ms", *_RANGE, "peak_memory_mib", "runs"):
             if getattr(self, key) is not None:
                 _check_number(f"{name}.{key}", getattr(self, key))
         if not isinstance(self.load_ms, Mapping):
@@ -60,18 +65,20 @@ class GraphFigures:
             _check_number(f"{name}.load_ms.{key}", taken)
         if self.runs is not None and self.runs != int(self.runs):
             raise UsageError(f"{name}.runs is {self.runs}: it must be a whole number above 0")
-        known = [(k, getattr(self, k)) for k in _QUANTILES if getattr(self, k) is not None]
-        for (low, below), (high, above) in pairwise(known):
-            if below > above:
-                raise UsageError(
-                    f"{name}.{low} is {below:g}, above {high} {above:g}: quantiles must rise"
-                )
+        for keys, rule in (
+            (_QUANTILES, "quantiles must rise"),
+            ((_RANGE[0], "p50_ms", _RANGE[1]), "the median must lie within"),
+        ):
+            known = [(k, getattr(self, k)) for k in keys if getattr(self, k) is not None]
+            for (low, below), (high, above) in pairwise(known):
+                if below > above:
+                    raise UsageError(f"{name}.{low} is {below:g}, above {high} {above:g}: {rule}")
 
     def as_json(self) -> dict[str, Any]:
         """Returns the row of the JSON file: the fields that were measured."""
         row = {f.name: getattr(self, f.name) for f in fields(self)}
         row["load_ms"] = dict(self.load_ms)
-        order = (*_QUANTILES, "load_ms", "peak_memory_mib", "runs")
+        order = (*_QUANTILES, *_RANGE, "load_ms", "peak_memory_mib", "runs")
         return {key: row[key] for key in order if row[key] is not None and row[key] != {}}
 
 

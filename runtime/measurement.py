@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cq_edge.latency import GRAPHS, DeviceProfile
-from runtime.measure import TimedRun, counted_ms, figures
+from runtime.measure import TimedRun, counted, counted_ms, figures
 from runtime.noise import Noise
 from runtime.operator_time import OperatorTime
 from runtime.sustain import drift
@@ -96,7 +96,7 @@ class Measurement:
         Raises:
             UsageError: A graph has not run yet.
         """
-        rows = {graph: figures(taken) for graph, taken in counted_ms(self.runs).items()}
+        rows = {graph: figures(runs) for graph, runs in counted(self.runs).items()}
         rows = {
             graph: replace(
                 row,

@@ -26,6 +26,8 @@ def test_the_profile_the_report_and_the_screen_hold_every_graph(home, capsys):
         assert f"{row.p50_ms:.2f}" in screen
         assert row.runs == 3 * RUNS_PER_ROUND[graph]
         assert row.load_ms["warm"] > 0
+        assert row.low_ms <= row.p50_ms <= row.high_ms
+        assert f"{graph} {row.low_ms:.2f} to {row.high_ms:.2f}" in screen
     assert profile.step_ms > 0
     for key in ("engine", "processor", "governor", "python", "date", "noise", "files", "threads"):
         assert key in profile.conditions
