@@ -24,7 +24,8 @@ _COLUMNS: Mapping[str, Callable[[GraphFigures], str]] = {
     "MiB": lambda row: _number(row.peak_memory_mib),
 }
 _ANOTHER = "the median of another process lies within, 95 of 100 times, ms"
-_MOST_OPERATORS = 40  # that the report shows
+_MOST_OPERATORS, _MOST_ON_SCREEN = 40, 15  # that the report shows, and the screen
+_OPERATOR_COLUMNS = ("graph", "operator", "unit", "p50 ms")
 _OPERATORS_TITLES = {
     "coreml": "Operators, as Core ML's compute plan estimates them",
     "xnnpack": "Operators, as ExecuTorch's event tracer times them",
@@ -62,6 +63,13 @@ def print_table(title: str, measurement: Measurement, profile: DeviceProfile) ->
         for cells in _block_rows(measurement, profile):
             blocks.add_row(*cells)
         console.print(blocks)
+    if measurement.operators:
+        operators = Table(title=_OPERATORS_TITLES[measurement.engine], title_justify="left")
+        for name in _OPERATOR_COLUMNS:
+            operators.add_column(name)
+        for o in measurement.operators[:_MOST_ON_SCREEN]:
+            operators.add_row(o.graph, o.kind, o.unit, f"{o.p50_ms:.4f}")
+        console.print(operators)
     print(f"beside its graphs a step takes {profile.step_ms:.3f} ms")
     for key, value in profile.conditions.items():
         print(f"{key.replace('_', ' ')}: {value}")
@@ -142,7 +150,8 @@ def _operators(measurement: Measurement) -> str:
         f"<td>{o.p50_ms:.4f}</td></tr>"
         for o in measurement.operators[:_MOST_OPERATORS]
     )
-    return f"<table><tr><th>graph<th>operator<th>unit<th>p50 ms</tr>{rows}</table>"
+    head = "".join(f"<th>{name}" for name in _OPERATOR_COLUMNS)
+    return f"<table><tr>{head}</tr>{rows}</table>"
 
 
 def _plot_runs(measurement: Measurement) -> bytes:

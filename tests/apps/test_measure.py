@@ -10,6 +10,7 @@ from cq_edge.latency import GRAPHS, DeviceProfile
 from runtime.bundle import open_bundle
 from runtime.measure import RUNS_PER_ROUND
 from runtime.measurement import BlockTime
+from runtime.operator_time import OperatorTime
 from tests.interrupting import interrupted
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,17 @@ def test_parts_of_the_full_graph_stand_with_their_shares_and_rates(home, capsys,
     ):
         assert re.search(r"\s*│\s*".join(map(re.escape, cells)), screen)
         assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+
+
+def test_operators_that_a_tracer_tells_of_are_shown(home, capsys, monkeypatch):
+    told = [OperatorTime("decode", "Convolution", "delegate", 1.25)]
+    monkeypatch.setattr(measure_module, "traced_operators", lambda *_: told)
+    words = ["--rounds", "1", "--timing-only", "--operators", "--html", "here.html"]
+    assert main(["measure", "bundle", *words]) == 0
+    assert re.search(r"decode +│ Convolution │ delegate │ 1\.2500", capsys.readouterr().out)
+    assert (
+        "<td>Convolution</td><td>delegate</td><td>1.2500</td>" in (home / "here.html").read_text()
+    )
 
 
 def test_plan_and_generate_work_from_what_measure_wrote(home, capsys, monkeypatch):
