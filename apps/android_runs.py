@@ -58,7 +58,7 @@ def _time(
                 told = runner.run(graph, _WARM_UP_RUNS + _RUNS)
                 for number, taken_ms in enumerate(told.taken_ms):
                     counts = 0 if number < _WARM_UP_RUNS else index + 1
-                    measurement.runs.append(TimedRun(counts, graph, taken_ms))
+                    measurement.runs.append(TimedRun(counts, graph, taken_ms, index))
                 if told.load_ms:
                     loads[graph].append(told.load_ms)
                     measurement.load_ms[graph] = {"warm": median(loads[graph])}

@@ -54,8 +54,9 @@ def measure_blocks(bundle: Bundle, model: str) -> list[BlockTime]:
         optimized = optimize(pipeline, OptimizeConfig(prompts=("",), quantization=quantization))
         full: Any = optimized.edge["denoise"]
         with tempfile.TemporaryDirectory() as folder:
-            runs = _exported(full, bundle, Path(folder))
-            return _time(runs)
+            runs, computed = _exported(full, bundle, Path(folder))
+            taken = _time(runs)
+    return [BlockTime(name, ms, computed[name]) for name, ms in taken.items()]
 
 
 def _check_same(bundle: Bundle, pipeline: "DiffusionPipeline", model: str) -> None:
@@ -77,15 +78,18 @@ def _listed(shapes: Mapping[str, Sequence[int]]) -> str:
     return ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
 
 
-def _exported(full: "FullUNet", bundle: Bundle, folder: Path) -> dict[str, Callable[[], object]]:
-    """Returns a function per part that runs its graph once on what flows there."""
+def _exported(
+    full: "FullUNet", bundle: Bundle, folder: Path
+) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    """Returns a function per part that runs its graph once on what flows there, and what each
+    part multiplies and adds."""
     from cq_edge.manifest import TensorSpec
     from exporters.graph_spec import GraphSpec
     from exporters.to_executorch import export_executorch, load_graph
 
     modules = _with_inputs(full, bundle)
     path = folder / "blocks.pte"
-    export_executorch(modules, path)
+    report = export_executorch(modules, path)
     runs: dict[str, Callable[[], object]] = {}
     for name, (module, inputs) in modules.items():
         specs = tuple(TensorSpec(f"x{i}", tuple(t.shape), _DTYPE) for i, t in enumerate(inputs))
@@ -93,7 +97,7 @@ def _exported(full: "FullUNet", bundle: Bundle, folder: Path) -> dict[str, Calla
         graph = load_graph(path, GraphSpec(name, specs, (out,)))
         arrays = {spec.name: t.numpy() for spec, t in zip(specs, inputs, strict=True)}
         runs[name] = lambda graph=graph, arrays=arrays: graph(arrays)  # type: ignore[misc]
-    return runs
+    return runs, {name: graph.macs for name, graph in report.graphs.items()}
 
 
 def _with_inputs(
@@ -144,11 +148,12 @@ def _without_unread(layer: "Layer") -> "nn.Module":
     return layer if layer.attention is not None else layer.resnet
 
 
-def _time(runs: dict[str, Callable[[], object]]) -> list[BlockTime]:
+def _time(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Returns the median milliseconds of each."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(1 + _ROUNDS), "blocks", unit="round"):  # the first round warms up
         for name, run in runs.items():
             start = perf_counter()
             run()
             taken[name].append((perf_counter() - start) * 1e3)
-    return [BlockTime(name, median(times[1:])) for name, times in taken.items()]
+    return {name: median(times[1:]) for name, times in taken.items()}

@@ -2,21 +2,24 @@
 
 import argparse
 import math
+from contextlib import closing
 from statistics import median
 
 from tqdm import tqdm
 
 from runtime.bundle import Bundle
-from runtime.conditions import cores, thermal_conditions
+from runtime.conditions import thermal_conditions
 from runtime.engine import Engine
 from runtime.fresh_process import Fresh, MakeEngine, load_and_run
-from runtime.measure import RUNS_PER_ROUND, step_ms, timed_runs
+from runtime.fresh_rounds import fresh_rounds
+from runtime.measure import RUNS_PER_ROUND, step_ms
 from runtime.measurement import Measurement
-from runtime.noise import NoiseWatch
+from runtime.noise import Noise, Watched
 from runtime.sustain import sustained_runs
 
 _ROUNDS = 50
 _AT_MOST_S = 20.0  # of each graph, where the user names no number of rounds
+_PROCESSES = 5  # that the rounds are done in
 _WARM_LOADS = 3
 
 
@@ -24,14 +27,10 @@ def measure_here(
     args: argparse.Namespace, bundle: Bundle, measurement: Measurement, make_engine: MakeEngine
 ) -> None:
     """Fills a measurement: runs, what a step takes, a sustained run, loading and memory."""
-    engine = make_engine(bundle, args.threads)
     measurement.conditions.update(thermal_conditions("before"))
-    watch = NoiseWatch(args.threads or cores())
-    try:
-        _time(engine, bundle, measurement, args.rounds, watch)
-        measurement.step_ms = step_ms(engine, bundle)
-    finally:
-        measurement.noise = watch.noise()
+    _time(args, bundle, measurement, make_engine)
+    engine = make_engine(bundle, args.threads)
+    measurement.step_ms = step_ms(engine, bundle)
     if args.sustain:
         _sustain(engine, bundle, measurement, args.sustain)
     measurement.conditions.update(thermal_conditions("after"))
@@ -43,23 +42,32 @@ def measure_here(
 
 
 def _time(
-    engine: Engine,
-    bundle: Bundle,
-    measurement: Measurement,
-    asked: int | None,
-    watch: NoiseWatch,
+    args: argparse.Namespace, bundle: Bundle, measurement: Measurement, make_engine: MakeEngine
 ) -> None:
-    rounds = _ROUNDS if asked is None else asked
-    at_most_s = _AT_MOST_S if asked is None else math.inf
-    total = (1 + rounds) * sum(RUNS_PER_ROUND.values())
-    runs = timed_runs(engine, bundle, rounds=rounds, at_most_s=at_most_s)
-    last = 0
-    for run in tqdm(runs, "timing", total, unit="run"):
-        measurement.runs.append(run)
-        if run.round_index != last:
-            last = run.round_index
-            watch.tick()
-    measurement.conditions["rounds"] = last
+    """Times the graphs in fresh processes, one after the other; none follows once a graph has
+    taken its time."""
+    rounds = _ROUNDS if args.rounds is None else args.rounds
+    at_most_s = _AT_MOST_S if args.rounds is None else math.inf
+    processes = min(_PROCESSES, rounds)
+    watched: dict[int, Watched] = {}
+    bar = tqdm(total=(processes + rounds) * sum(RUNS_PER_ROUND.values()), desc="timing", unit="run")
+    try:
+        for process in range(processes):
+            # the last ones of a number that does not divide have one round less
+            share, done = -(-rounds // (processes - process)), measurement.rounds
+            rounds -= share
+            if measurement.longest_s > at_most_s:
+                break
+            given, longest_s = (make_engine, bundle, args.threads), at_most_s / processes
+            with closing(fresh_rounds(*given, rounds=share, at_most_s=longest_s)) as found:
+                for each in found:
+                    watched[process] = each.watched
+                    measurement.add(each.runs, process, done)
+                    bar.update(len(each.runs))
+    finally:
+        bar.close()
+        measurement.conditions.update(rounds=measurement.rounds, processes=len(watched))
+        measurement.noise = Noise.of(list(watched.values()))
 
 
 def _sustain(engine: Engine, bundle: Bundle, measurement: Measurement, for_s: float) -> None:

@@ -18,15 +18,17 @@ from apps.whole_number import at_least
 from cq_edge.errors import UsageError
 from runtime.bundle import Bundle, open_bundle
 from runtime.conditions import machine_conditions
+from runtime.event_trace import traced_operators
 from runtime.measurement import Measurement
 
 _EXIT_INTERRUPTED = 130
 _DEVICES = ("here", "android", "ios")
 
 _DESCRIPTION = """\
-Times every graph of a bundle: percentiles over runs in the order and company of a picture,
-loading with the file on the disk and in the cache, peak memory in a process of its own, and,
-with --sustain, whether the device gets slower when it works for long. Says whether the machine
+Times every graph of a bundle: percentiles over runs in the order and company of a picture, in
+several processes, since all runs of one can be slower than those of the next; loading with the
+file on the disk and in the cache, peak memory in a process of its own, and, with --sustain,
+whether the device gets slower when it works for long. Says whether the machine
 was quiet. What -o writes is a device profile: `plan` and `generate` plan from it, with no
 export. Ctrl-C stops, and keeps what was measured."""
 
@@ -52,12 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the bundle's first)")  # fmt: skip
     add("--threads", type=at_least(1), metavar="N", help="(default: one per core)")
     add("--rounds", type=at_least(1), metavar="N", help="rounds of runs; each holds 2 of encode, "
-        "4 of denoise, 4 of denoise_shallow, 1 of decode (default: 50, or as many as fit 20 "
-        "seconds a graph)")  # fmt: skip
+        "4 of denoise, 4 of denoise_shallow, 1 of decode; on this machine five processes share "
+        "them (default: 50, or as many as fit 20 seconds a graph)")  # fmt: skip
     add("--sustain", type=_seconds, default=0.0, metavar="S", help="then run the full graph for "
         "S seconds and say how much slower it got")  # fmt: skip
     add("--blocks", metavar="MODEL", help="also time the parts of the full graph, each exported "
         "alone from the model the bundle was built of: a folder, hub id, or built-in")  # fmt: skip
+    add("--operators", action="store_true", help="also time single operators, where ExecuTorch was "
+        "built with its event tracer (the wheel is not)")  # fmt: skip
     add("--timing-only", action="store_true", help="leave out loading times and peak memory, which "
         "take fresh processes")  # fmt: skip
     add("--device", choices=_DEVICES, default=_DEVICES[0], help="where to measure (default: "
@@ -89,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         elif args.device == "ios":
             measure_ios(args, bundle, measurement)
         else:
+            if args.operators:  # first: refused where there is no event tracer
+                measurement.operators.extend(traced_operators(bundle, args.threads))
             measure_here(args, bundle, measurement, ENGINES[measurement.engine])
             if args.blocks is not None:
                 measurement.blocks.extend(measure_blocks(bundle, args.blocks))
@@ -120,6 +126,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError("--runner and --serial are for --device android")
     if args.blocks is not None and args.device != "here":
         raise UsageError("--blocks is for this machine: leave --device out")
+    if args.operators and args.device != "here":
+        raise UsageError("--operators is for this machine: leave --device out")
     if args.device != "ios" and args.team is not None:
         raise UsageError("--team is for --device ios")
     if args.device == "android" and args.runner is None:
@@ -152,6 +160,8 @@ def _check_engine(args: argparse.Namespace, bundle: Bundle, backend: str) -> Non
         )
     if args.blocks is not None and backend != "xnnpack":
         raise UsageError("--blocks is for xnnpack graphs: Core ML tells of its operators itself")
+    if args.operators and backend != "xnnpack":
+        raise UsageError("--operators is for xnnpack graphs: Core ML tells of them anyway")
     if args.device == "here" and backend == "coreml" and not has_coreml():
         raise UsageError(
             f"{args.bundle} has coreml graphs, and this system has no Core ML: the times of the "

@@ -1,10 +1,10 @@
 """Small graphs of many shapes, exported as `cq-edge build` does, to measure and predict.
 
 UNets of random weights (time does not depend on them) over widths, latents, kinds of blocks and
-data types, each as full and shallow graph; text encoders and decoders beside them.
+data types, each as full and shallow graph; beside them text encoders, decoders and single
+operators.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +12,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.latency_operators import GRAPH as OPERATOR
+from benchmarks.latency_operators import operator_module, operator_settings, operator_spec
+from benchmarks.latency_setting import DATA_TYPES, LATENTS, WIDTHS, Setting
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
 from cq_edge.model.load import load_pipeline
 from cq_edge.model.optimize import OptimizeConfig, optimize
@@ -19,36 +22,7 @@ from cq_edge.model.rewrite import rewrite_for_xnnpack
 from exporters.graph_spec import GraphSpec, graph_specs
 from exporters.to_executorch import example_inputs, export_executorch
 
-WIDTHS = ((32, 64), (48, 96), (64, 128), (96, 160), (128, 192), (160, 256))
-LATENTS = (8, 16, 24, 32, 48, 64)
-DATA_TYPES = ("float32", "int8")
 _EMBEDDING_WIDTH = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One exported graph.
-
-    Attributes:
-        graph: What is exported: "denoise", "denoise_shallow", "encode" or "decode".
-        kind: Of a UNet: "attention" (transformers at its upper level and in the middle) or
-            "convolution" (in the middle alone); "text" or "picture" for the others.
-        widths: Channels of each level.
-        latents: Height and width of the latents; layers of a text encoder.
-        dtype: Of the weights: "float32" or "int8".
-    """
-
-    graph: str
-    kind: str
-    widths: tuple[int, ...]
-    latents: int
-    dtype: str = "float32"
-
-    @property
-    def name(self) -> str:
-        """Of its file, without the ending."""
-        widths = ".".join(map(str, self.widths))
-        return f"{self.graph}-{self.kind}-{widths}-{self.latents}-{self.dtype}"
 
 
 def settings() -> tuple[Setting, ...]:
@@ -79,7 +53,7 @@ def settings() -> tuple[Setting, ...]:
             ((64, 96), 24),
         )
     ]
-    return (*filter(is_wanted, unets), *texts, *decoders)
+    return (*operator_settings(), *filter(is_wanted, unets), *texts, *decoders)
 
 
 def export(setting: Setting, folder: Path) -> Path:
@@ -94,6 +68,8 @@ def export(setting: Setting, folder: Path) -> Path:
 
 def spec_of(setting: Setting) -> GraphSpec:
     """Returns what the setting's graph takes and returns."""
+    if setting.graph == OPERATOR:
+        return operator_spec(setting)
     is_text, first = setting.graph == "encode", setting.widths[0]
     side = 1 if is_text else setting.latents
     scale = 2 ** (len(setting.widths) - 1)
@@ -103,6 +79,8 @@ def spec_of(setting: Setting) -> GraphSpec:
 
 
 def _module(setting: Setting) -> nn.Module:
+    if setting.graph == OPERATOR:
+        return operator_module(setting)
     if setting.graph == "encode":
         return rewrite_for_xnnpack(_text_encoder(setting))
     if setting.graph == "decode":

@@ -40,7 +40,8 @@ _ENGINES = {"executorch-xnnpack": "xnnpack"}  # what a bundle calls it
 _LOOSENESS = 3.0  # of the shares against each other
 _OWN_LOOSENESS = 0.5  # of a device against its family
 _GROWTHS = np.arange(1.0, 2.001, 0.02)  # of Qualcomm's NPUs from one generation to the next
-_DISPATCH_US, _CALL_US = 1.0, 500.0  # little beside the rest: no published row pins them
+# little beside the rest: no published row pins them
+_DISPATCH_US, _ROW_INT8_US, _CALL_US = 1.0, 1e-5, 500.0
 _RATE_UNCERTAINTY = 0.5
 _TIE = 0.03
 _PARTS = ("computed", "moved", "weights")
@@ -264,11 +265,12 @@ def _device(chip: Chip, own: Sequence[Row], shares: Shares, error: float) -> Dev
         date=_date(own[0].source),
         measured="; ".join(f"{row.model} {row.ms:.5g} ms ({row.statistic})" for row in own),
         derived=f"all rates: shares of peaks ({chip.basis}) fitted on the devices of this "
-        "kind; dispatch and call are assumed",
+        "kind; dispatch, rows and call are assumed",
         gmacs_per_s={term: rate for term, rate in rounded.items() if " " in term},
         gb_per_s={term: rate for term, rate in rounded.items() if " " not in term},
         dispatch_us=_DISPATCH_US,
         dispatch_int8_us=_DISPATCH_US,
+        row_int8_us=_ROW_INT8_US,
         call_us=_CALL_US,
         tile_rows=1,
         tile_columns=1,

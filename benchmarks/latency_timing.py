@@ -4,15 +4,13 @@ What is timed is one thread's processor time: what a run takes on a core of its 
 other programs take the core away now and then. Caches and memory are shared with them still.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from time import thread_time
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from exporters.graph_spec import GraphSpec
 from exporters.to_executorch import load_graph
@@ -47,27 +45,10 @@ def loaded(path: Path, spec: GraphSpec) -> tuple[Run, float]:
     return lambda: graph(arrays), load_ms
 
 
-def time_rounds(runs: Mapping[str, Run], rounds: int, path: Path) -> None:
-    """Adds rounds to a file of `{graph: [median ms of a turn, …]}`; every graph has a turn in each.
-
-    Args:
-        runs: By the graph's name.
-        rounds: How many.
-        path: JSON; written after every round.
-    """
-    times: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
-    rng = np.random.default_rng()
-    for _ in tqdm(range(rounds), desc="time", unit="round"):
-        for name in rng.permutation(list(runs)):
-            times.setdefault(str(name), []).append(_turn(runs[str(name)]))
-        path.write_text(json.dumps(times))
-
-
-def summary(times: Sequence[float]) -> tuple[float, float]:
-    """Returns the median of a graph's turns and their interquartile range over it."""
-    low, _, high = quantiles(times, n=4)
-    middle = median(times)
-    return middle, (high - low) / middle
+def time_round(runs: Mapping[str, Run]) -> dict[str, float]:
+    """Returns the median milliseconds of a turn of every graph, in an order drawn anew."""
+    order = np.random.default_rng().permutation(list(runs))
+    return {str(name): _turn(runs[str(name)]) for name in order}
 
 
 def _turn(run: Run) -> float:

@@ -1,11 +1,11 @@
 """Predicted against measured times: makes docs/latency.md and the device files.
 
-    cq-edge build -o out/demo/bundle
-    python -m benchmarks.latency_validation --bundles out/demo/bundle --rounds 20
+    python -m benchmarks.latency_validation                    # from what was timed before
+    python -m benchmarks.latency_validation --time amd-epyc-zen5-1-thread --rounds 20 \
+        --bundles out/evaluate/bundle out/evaluate/float32     # times this machine first
 
-Exports what is not exported yet (an hour on one core), times everything in turns on one thread, and
-adds to what was timed before: run it as often as you like, on a quiet machine. `--rounds 0` makes
-the documents from what there is.
+Timing exports what is not exported yet (half an hour on one core), runs everything in turns on one
+thread, and adds to what was timed before on the machine of that name: run it as often as you like.
 """
 
 import argparse
@@ -17,51 +17,61 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.latency_graphs import Setting, export, settings, spec_of
-from benchmarks.latency_machine import HeldOut, Point, device_of, held_out, splits
-from benchmarks.latency_plans import measured_plans
+from benchmarks.latency_data import Timings, keep_operators, known_operators, timed_devices
+from benchmarks.latency_machine import HeldOut, Point, device_of, fit_loading, held_out, splits
+from benchmarks.latency_plans import Plans, predicted_plans, time_plans
 from benchmarks.latency_published import devices, left_out, pair_orders, read_rows
-from benchmarks.latency_report import Report, machine_name, write_report
-from benchmarks.latency_timing import Run, loaded, set_threads, summary, time_rounds
+from benchmarks.latency_report import Machine, Report, machine_name, write_report
+from benchmarks.latency_setting import Setting
+from cq_edge.latency import GRAPHS
 from cq_edge.latency_model import DEVICES, Device
-from cq_edge.operators import Operators, load_operators, save_operators
 from exporters.graph_spec import GraphSpec
-from exporters.program_operators import program_operators
 from runtime.bundle import Bundle, open_bundle
-
-_DEVICE = "amd-epyc-zen4-1-thread"
 
 
 def main() -> None:
-    """Exports, times, fits, judges, writes."""
+    """Times if asked to, fits, judges, writes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--time", metavar="NAME", help="time this machine; its device file gets this name")
+    add("--machine", default=machine_name(), help="what to call it (default: %(default)s)")
     add("--bundles", type=Path, nargs="*", default=[], help="held out whole, the first for plans")
-    add("--work", type=Path, default=Path("out/latency"), help="keeps exports and times")
+    add("--work", type=Path, default=Path("out/latency"), help="keeps exports")
     add("--rounds", type=int, default=20, help="of a turn for every graph")
     add("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    graphs = _graphs(args.work, [open_bundle(path) for path in args.bundles])
-    operators = _operators(args.work, graphs)
-    times, loading = args.work / "times.json", args.work / "loading.json"
-    if args.rounds:
-        _time(graphs, args.rounds, times, loading)
-    points = _points(graphs, operators, json.loads(times.read_text()))
-    fitted = [point for point in points if not point.setting.kind.startswith("bundle")]
-    device = device_of(fitted, json.loads(loading.read_text()), **_words(len(fitted)))
-    _write_device(_DEVICE, device)
-    found = {question: held_out(fitted, folds) for question, folds in splits().items()}
-    plans = None
-    if args.bundles:
-        found["the demo model's bundles from the rest"] = _bundles(device, points)
-        plans = measured_plans(open_bundle(args.bundles[0]), device, args.work, args.rounds > 0)
+    if args.time:
+        _time(args)
+    machines = [_machine(name) for name in timed_devices()]
     rows = read_rows()
     for name, published in devices(rows).items():
         _write_device(name, published)
-    write_report(Report(points, found, device, plans, left_out(rows), pair_orders(rows)), args.docs)
+    write_report(Report(machines, left_out(rows), pair_orders(rows)), args.docs)
+
+
+def _time(args: argparse.Namespace) -> None:
+    """Adds turns of every graph to what was timed on this machine."""
+    from benchmarks.latency_timing import Run, loaded, set_threads, time_round
+
+    timings = Timings.load_or_new(args.time, f"{args.machine}, 1 thread")
+    timings.date = datetime.now(UTC).strftime("%Y-%m-%d")
+    bundles = [open_bundle(path) for path in args.bundles]
+    graphs = _graphs(args.work, bundles)
+    _keep_operators(graphs, timings)
+    set_threads(1)
+    runs: dict[str, Run] = {}
+    for setting, (file, spec) in tqdm(graphs.items(), desc="load", unit="graph"):
+        runs[setting.name], timings.loads_ms[setting.name] = loaded(file, spec)
+    for _ in tqdm(range(args.rounds), desc="time", unit="round"):
+        for name, ms in time_round(runs).items():
+            timings.turns_ms.setdefault(name, []).append(ms)
+        timings.save(args.time)
+    if bundles:
+        timings.plans_ms = time_plans(bundles[0])
+        timings.plans_of = [setting.name for setting in _bundle_graphs(bundles[0])]
+        timings.save(args.time)
 
 
 Graphs = Mapping[Setting, tuple[Path, GraphSpec]]
@@ -69,67 +79,82 @@ Graphs = Mapping[Setting, tuple[Path, GraphSpec]]
 
 def _graphs(work: Path, bundles: Sequence[Bundle]) -> Graphs:
     """Returns the file and the contract of every graph, exporting what is not there."""
-    graphs = {
+    from benchmarks.latency_graphs import export, settings, spec_of
+
+    work.mkdir(parents=True, exist_ok=True)
+    exported = {
         setting: (export(setting, work), spec_of(setting))
         for setting in tqdm(settings(), desc="export", unit="graph")
     }
-    for bundle in bundles:
-        manifest = bundle.manifest
-        dtype = "float32" if manifest.conditions.get("quantization") == "none" else "int8"
-        for name, entry in manifest.graphs.items():
-            kind = f"bundle {bundle.folder.name}"
-            setting = Setting(name, kind, (), manifest.latents.height, dtype)
-            spec = GraphSpec(name, entry.inputs, entry.outputs)
-            graphs[setting] = (bundle.path(entry.file), spec)
-    return graphs
+    return exported | {s: g for bundle in bundles for s, g in _bundle_graphs(bundle).items()}
 
 
-def _operators(work: Path, graphs: Graphs) -> dict[Setting, Operators]:
-    """Returns each graph's operators, read once and kept beside the exports."""
-    path = work / "operators.json"
-    kept = dict(load_operators(path)["xnnpack"]) if path.exists() else {}
-    for setting, (file, spec) in tqdm(graphs.items(), desc="read", unit="graph"):
-        if setting.name not in kept:
-            kept[setting.name] = program_operators(file)[spec.name]
-    save_operators(path, {"xnnpack": kept})
-    return {setting: kept[setting.name] for setting in graphs}
-
-
-def _time(graphs: Graphs, rounds: int, times: Path, loading: Path) -> None:
-    set_threads(1)
-    runs: dict[str, Run] = {}
-    loads_ms: dict[str, float] = {}
-    for setting, (file, spec) in tqdm(graphs.items(), desc="load", unit="graph"):
-        runs[setting.name], loads_ms[setting.name] = loaded(file, spec)
-    loading.write_text(json.dumps(loads_ms))
-    time_rounds(runs, rounds, times)
-
-
-def _points(
-    graphs: Graphs, operators: Mapping[Setting, Operators], times: Mapping[str, list[float]]
-) -> list[Point]:
-    return [
-        Point(setting, operators[setting], *summary(times[setting.name]))
-        for setting in graphs
-        if setting.name in times
-    ]
-
-
-def _bundles(device: Device, points: Sequence[Point]) -> list[HeldOut]:
-    """Returns the bundles' graphs as the device predicts them, which was fitted without them."""
-    outside = [point for point in points if point.setting.kind.startswith("bundle")]
-    return [HeldOut.of(point, device) for point in outside]
-
-
-def _words(count: int) -> dict[str, str]:
+def _bundle_graphs(bundle: Bundle) -> Graphs:
+    manifest = bundle.manifest
+    dtype = "float32" if manifest.conditions.get("quantization") == "none" else "int8"
     return {
-        "name": f"{machine_name()}, 1 thread",
+        Setting(name, f"bundle {bundle.folder.name}", (), manifest.latents.height, dtype): (
+            bundle.path(entry.file),
+            GraphSpec(name, entry.inputs, entry.outputs),
+        )
+        for name, entry in manifest.graphs.items()
+    }
+
+
+def _keep_operators(graphs: Graphs, timings: Timings) -> None:
+    """Reads the operators of graphs that were never read, and of bundles; forgets what was timed
+    of a bundle that was built anew since."""
+    from exporters.program_operators import program_operators
+
+    known, found = known_operators(), {}
+    for setting, (file, spec) in tqdm(graphs.items(), desc="read", unit="graph"):
+        if setting.is_of_bundle or setting.name not in known:
+            found[setting.name] = program_operators(file)[spec.name]
+            if found[setting.name] != known.get(setting.name):
+                timings.turns_ms.pop(setting.name, None)
+    keep_operators(found)
+
+
+def _machine(name: str) -> Machine:
+    """Returns what is to be said of a machine that was timed, its device file written."""
+    timings = Timings.load(name)
+    points = timings.points()
+    fitted = [point for point in points if not point.setting.is_of_bundle]
+    loading = (timings.load_ms, timings.load_gb_per_s)
+    if timings.loads_ms:
+        whole = [point for point in fitted if point.setting.graph != "operator"]
+        loading = fit_loading(whole, timings.loads_ms)
+    device = device_of(fitted, loading, **_words(timings, len(fitted)))
+    _write_device(name, device)
+    questions = splits(operators=any(point.setting.graph == "operator" for point in points))
+    found = {question: held_out(fitted, folds) for question, folds in questions.items()}
+    outside = [point for point in points if point.setting.is_of_bundle]
+    if outside:
+        # the device was fitted without them
+        found["the demo model's bundles from the rest"] = [HeldOut.of(p, device) for p in outside]
+    return Machine(points, found, device, _plans(timings, points, device))
+
+
+def _plans(timings: Timings, points: Sequence[Point], device: Device) -> Plans:
+    if not timings.plans_ms:
+        return []
+    graphs = {
+        point.setting.graph: device.predict(point.operators).ms
+        for point in points
+        if point.setting.name in timings.plans_of
+    }
+    return predicted_plans(timings.plans_ms, {graph: graphs[graph] for graph in GRAPHS})
+
+
+def _words(timings: Timings, count: int) -> dict[str, str]:
+    return {
+        "name": timings.machine,
         "engine": "xnnpack",
         "compute_unit": "cpu",
         "source": "python -m benchmarks.latency_validation",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": timings.date,
         "measured": f"{count} graphs of random weights, in turns, medians",
-        "derived": "rates, by non-negative least squares; float16 in proportion to float32",
+        "derived": "rates, by non-negative least squares; float16 and int4 follow float32",
     }
 
 

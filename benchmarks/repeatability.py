@@ -56,37 +56,43 @@ def _lines(profiles: Sequence[DeviceProfile], disturbed: DeviceProfile) -> list[
             "| --- |" + " --- |" * (len(GRAPHS) + 1)]  # fmt: skip
     rows = [_row(str(number), profile) for number, profile in enumerate(profiles, 1)]
     pairs = list(combinations(profiles, 2))
-    agree = [
-        f"{sum(_agree(one.figures[g], other.figures[g]) for one, other in pairs)} of {len(pairs)}"
-        for g in GRAPHS
-    ]
+
+    def agreeing(low: str, high: str) -> str:
+        cells = (_agreeing([(one.figures[g], other.figures[g]) for one, other in pairs], low, high)
+                 for g in GRAPHS)  # fmt: skip
+        return " | ".join(f"{cell} of {len(pairs)}" for cell in cells)
+
     said = profiles[0].conditions
     return [
         *head,
         *rows,
         _row("with a busy process", disturbed),
-        f"| pairs of runs that agree | {' | '.join(agree)} | |",
+        f"| pairs of runs that agree | {agreeing('low_ms', 'high_ms')} | |",
+        f"| medians within p10 to p90 | {agreeing('p10_ms', 'p90_ms')} | |",
         "",
-        "Median (p10–p90). Two runs agree where each one's median lies within the other's p10 to "
-        f"p90. Conditions: {said['processor']}, {said['cores']} cores, {said['engine']}, "
-        f"{said['threads']} threads, {said['rounds']} rounds a run, a process a run.",
+        "Median (the stated spread: where the median of another process lies, 95 of 100 times; p10 "
+        "to p90 of all runs). Two runs agree where each one's median lies within the other's "
+        f"stated spread. Conditions: {said['processor']}, {said['cores']} cores, {said['engine']}, "
+        f"{said['threads']} threads, {said['rounds']} rounds in {said['processes']} processes a "
+        "run.",
     ]
 
 
 def _row(name: str, profile: DeviceProfile) -> str:
-    cells = [f"{r.p50_ms:.2f} ({r.p10_ms:.2f}–{r.p90_ms:.2f})"
-             for r in (profile.figures[graph] for graph in GRAPHS)]  # fmt: skip
+    cells = [
+        f"{r.p50_ms:.2f} ({r.low_ms:.2f}–{r.high_ms:.2f}; {r.p10_ms:.2f}–{r.p90_ms:.2f})"
+        for r in (profile.figures[graph] for graph in GRAPHS)
+    ]
     return f"| {name} | {' | '.join(cells)} | {profile.conditions['noise']} |"
 
 
-def _agree(one: GraphFigures, other: GraphFigures) -> bool:
-    return _within(one, other) and _within(other, one)
+def _agreeing(pairs: Sequence[tuple[GraphFigures, GraphFigures]], low: str, high: str) -> int:
+    """Returns how many pairs have each one's median between the other's figures of these names."""
 
+    def within(one: GraphFigures, other: GraphFigures) -> bool:
+        return bool(getattr(other, low) <= one.p50_ms <= getattr(other, high))
 
-def _within(one: GraphFigures, other: GraphFigures) -> bool:
-    if other.p10_ms is None or other.p90_ms is None:
-        return False
-    return other.p10_ms <= one.p50_ms <= other.p90_ms
+    return sum(within(one, other) and within(other, one) for one, other in pairs)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
@@ -18,6 +19,7 @@ NEEDED_GRAPHS = GRAPHS[1:]
 """Those that every bundle has; nothing is encoded where pictures are not prompted."""
 _LOADS = ("cold", "warm")
 _QUANTILES = ("p10_ms", "p50_ms", "p90_ms", "p99_ms")
+_RANGE = ("low_ms", "high_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class GraphFigures:
     Attributes:
         p50_ms: Median of a run; above 0, as every figure here.
         p10_ms: A tenth of the runs took this or less; p90_ms and p99_ms likewise.
+        low_ms: With high_ms the spread that is stated: the median of one more process lies between
+            them, 95 of 100 times. None, both, where one process alone ran.
         load_ms: Of loading it in a fresh process: "cold" with its file read from the disk,
             "warm" with the file in the system's cache.
         peak_memory_mib: What the graph adds to a process that loads and runs it.
@@ -37,6 +41,8 @@ class GraphFigures:
     p10_ms: float | None = None
     p90_ms: float | None = None
     p99_ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
     load_ms: Mapping[str, float] = field(default_factory=dict)
     peak_memory_mib: float | None = None
     runs: int | None = None
@@ -51,7 +57,7 @@ class GraphFigures:
             UsageError: Names the field and what is allowed.
         """
         _check_number(f"{name}.p50_ms", self.p50_ms)
-        for key in ("p10_ms", "p90_ms", "p99_ms", "peak_memory_mib", "runs"):
+        for key in ("p10_ms", "p90_ms", "p99_ms", *_RANGE, "peak_memory_mib", "runs"):
             if getattr(self, key) is not None:
                 _check_number(f"{name}.{key}", getattr(self, key))
         if not isinstance(self.load_ms, Mapping):
@@ -61,18 +67,20 @@ class GraphFigures:
             _check_number(f"{name}.load_ms.{key}", taken)
         if self.runs is not None and self.runs != int(self.runs):
             raise UsageError(f"{name}.runs is {self.runs}: it must be a whole number above 0")
-        known = [(k, getattr(self, k)) for k in _QUANTILES if getattr(self, k) is not None]
-        for (low, below), (high, above) in pairwise(known):
-            if below > above:
-                raise UsageError(
-                    f"{name}.{low} is {below:g}, above {high} {above:g}: quantiles must rise"
-                )
+        for keys, rule in (
+            (_QUANTILES, "quantiles must rise"),
+            ((_RANGE[0], "p50_ms", _RANGE[1]), "the median must lie within"),
+        ):
+            known = [(k, getattr(self, k)) for k in keys if getattr(self, k) is not None]
+            for (low, below), (high, above) in pairwise(known):
+                if below > above:
+                    raise UsageError(f"{name}.{low} is {below:g}, above {high} {above:g}: {rule}")
 
     def as_json(self) -> dict[str, Any]:
         """Returns the row of the JSON file: the fields that were measured."""
         row = {f.name: getattr(self, f.name) for f in fields(self)}
         row["load_ms"] = dict(self.load_ms)
-        order = (*_QUANTILES, "load_ms", "peak_memory_mib", "runs")
+        order = (*_QUANTILES, *_RANGE, "load_ms", "peak_memory_mib", "runs")
         return {key: row[key] for key in order if row[key] is not None and row[key] != {}}
 
 
@@ -196,7 +204,7 @@ class DeviceProfile:
         """
         try:
             content: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{path} cannot be read as a device profile: {error}") from error
         try:
             return cls._from_json(content)
@@ -247,6 +255,7 @@ def _check_known(where: str, content: Any, known: tuple[str, ...]) -> None:
 def _check_number(name: str, value: Any, *, zero: bool = False) -> None:
     """Refuses what is no finite number above 0, or 0 where it is allowed."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    # a whole number may be too large for a float
+    if not number or not 0 <= value <= sys.float_info.max or (value == 0 and not zero):
         least = "of 0 or more" if zero else "above 0"
-        raise UsageError(f"{name} is {value!r}: it must be a finite number {least}")
+        raise UsageError(f"{name} is {value!r:.40}: it must be a finite number {least}")

@@ -12,10 +12,12 @@ The units ("terms") of a graph, each with a device's cost:
     weights          10⁹ bytes of constants
     dispatch         operators
     dispatch int8    operators that quantise or compute on eight bits or fewer
+    rows int8        rows of linear layers on eight bits or fewer: each gets a scale of its own
     calls            of the engine: once for each piece that a delegate runs
 """
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,10 +35,11 @@ DEVICES = Path(__file__).parent / "devices"
 MOVED = (*(kind for kind in KINDS), "weights")
 """What has a rate in bytes per second."""
 _COMPUTED = tuple(f"{kind} {dtype}" for kind in PRODUCTS for dtype in DTYPES)
-_STARTED = ("dispatch", "dispatch int8", "calls")
+_NARROW = ("int8", "int4")
+_STARTED = ("dispatch", "dispatch int8", "rows int8", "calls")
 _ABOVE_ZERO = (
-    "dispatch_us", "dispatch_int8_us", "call_us", "tile_rows", "tile_columns", "load_ms",
-    "load_gb_per_s", "error", "rate_uncertainty",
+    "dispatch_us", "dispatch_int8_us", "row_int8_us", "call_us", "tile_rows", "tile_columns",
+    "load_ms", "load_gb_per_s", "error", "rate_uncertainty",
 )  # fmt: skip
 _WITHIN = 1.645  # standard deviations to either side that hold 90 % of a normal distribution
 
@@ -100,6 +103,8 @@ class Device:
         gb_per_s: Sustained 10⁹ bytes a second, by kind of operator, and of weights.
         dispatch_us: Microseconds that starting an operator takes.
         dispatch_int8_us: Likewise, of those that quantise or compute on eight bits or fewer.
+        row_int8_us: Microseconds that a row of a linear layer on eight bits takes, apart from what
+            it computes and moves: finding its scale.
         call_us: Microseconds that calling the engine takes, apart from what it moves.
         tile_rows: What the rows of a matrix product are rounded up to a multiple of.
         tile_columns: Likewise its columns.
@@ -123,6 +128,7 @@ class Device:
     gb_per_s: Mapping[str, float]
     dispatch_us: float
     dispatch_int8_us: float
+    row_int8_us: float
     call_us: float
     tile_rows: int
     tile_columns: int
@@ -156,7 +162,7 @@ class Device:
         """Milliseconds that a unit of each term takes."""
         per_second = {**self.gmacs_per_s, **self.gb_per_s}
         costs = {term: 1e3 / rate for term, rate in per_second.items()}
-        started = (self.dispatch_us, self.dispatch_int8_us, self.call_us)
+        started = (self.dispatch_us, self.dispatch_int8_us, self.row_int8_us, self.call_us)
         return {**costs, **{term: us * 1e-3 for term, us in zip(_STARTED, started, strict=True)}}
 
     def predict(self, operators: Operators, *, sustained: bool = False) -> Prediction:
@@ -262,6 +268,8 @@ def terms_of(operators: Operators, tile: tuple[int, int] = (1, 1)) -> dict[str, 
         amounts[operator.kind] += moved / 1e9
         amounts["weights"] += operator.count * operator.weight_bytes / 1e9
         amounts[_started(operator)] += operator.count
+        if operator.kind == "linear" and operator.dtype in _NARROW:
+            amounts["rows int8"] += operator.count * operator.batch * operator.rows
     return {term: amount for term, amount in amounts.items() if amount > 0}
 
 
@@ -269,7 +277,7 @@ def _started(operator: Operator) -> str:
     """Returns the term that starting an operator belongs to."""
     if operator.kind == "call":
         return "calls"
-    narrow = operator.kind == "quantise" or operator.dtype in ("int8", "int4")
+    narrow = operator.kind == "quantise" or operator.dtype in _NARROW
     return "dispatch int8" if narrow else "dispatch"
 
 
@@ -281,7 +289,8 @@ def fit_costs(
 ) -> dict[str, float]:
     """Returns the costs that explain measured times best: least squares of relative errors.
 
-    What the measurements do not pin keeps its proportion to the rest as it was at the start.
+    What the measurements do not pin keeps its proportion at the start: narrower products that to
+    float32 products of their kind, everything else that to the rest.
 
     Args:
         measured: Of each graph its terms and its milliseconds.
@@ -297,10 +306,13 @@ def fit_costs(
     rows /= np.array([ms for _, ms in measured])[:, None]
     scale = float(rows.sum(axis=1).sum() / np.square(rows.sum(axis=1)).sum())
     rows *= scale
-    anchors = np.eye(len(terms)) / looseness
-    matrix, target = np.vstack([rows, anchors]), np.ones(len(rows) + len(terms))
-    target[len(rows) :] /= looseness
-    factors, _ = nnls(matrix, target)
+    anchors, proportions = np.eye(len(terms)), np.ones(len(terms))
+    for index, term in enumerate(terms):
+        wide = f"{term.split()[0]} float32"
+        if term in _COMPUTED and term != wide and wide in terms:
+            anchors[index, terms.index(wide)], proportions[index] = -1.0, 0.0
+    matrix = np.vstack([rows, anchors / looseness])
+    factors, _ = nnls(matrix, np.concatenate([np.ones(len(rows)), proportions / looseness]))
     factors = np.maximum(factors, 0.02)  # a rate must be finite
     return dict(zip(terms, (first * scale * factors).tolist(), strict=True))
 
@@ -310,8 +322,8 @@ def _matrix(rows: Sequence[Mapping[str, float]], terms: Sequence[str]) -> NDArra
 
 
 def _require_above_zero(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise BundleError(f"{name} is {value}: it must be finite and above 0")
+    if not 0 < value <= sys.float_info.max:  # a whole number may be too large for a float
+        raise BundleError(f"{name} is {value!r:.40}: it must be finite and above 0")
 
 
 def _require_known_term(name: str, term: str) -> None:

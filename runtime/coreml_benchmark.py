@@ -7,7 +7,6 @@ It runs where Core ML and (for other devices) Xcode are: on macOS. Its classes a
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -15,25 +14,9 @@ from cq_edge.errors import DeviceError
 from runtime.bundle import Bundle
 from runtime.coreml_engine import SOLE, without_int64
 from runtime.measure import sample_inputs
+from runtime.operator_time import OperatorTime
 
 _LOADS, _RUNS = 4, 10  # of a call of the benchmarker
-
-
-@dataclass(frozen=True, slots=True)
-class OperatorTime:
-    """One operator's share of a graph's time: estimated by Core ML's compute plan, not timed.
-
-    Attributes:
-        graph: Its graph.
-        kind: What it computes, e.g. "conv".
-        unit: Where the plan puts it, e.g. "MLNeuralEngineComputeDevice".
-        p50_ms: The graph's time times the plan's weight of the operator.
-    """
-
-    graph: str
-    kind: str
-    unit: str
-    p50_ms: float
 
 
 def benchmarkers(bundle: Bundle, device: Any = None) -> dict[str, Any]:

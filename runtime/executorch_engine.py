@@ -33,7 +33,7 @@ class ExecuTorchEngine:
             raise UsageError(f"threads is {threads}: ask for 1 or more")
         self._bundle = bundle
         self._methods: dict[str, Any] = {}
-        self._library = _library()
+        self._library = extension_library()
         if threads is not None:
             # methods keep the pool they were loaded with, so this comes before any load
             with _without_chatter():
@@ -95,7 +95,7 @@ class ExecuTorchEngine:
         return entry
 
 
-def _library() -> ModuleType:
+def extension_library() -> ModuleType:
     """Returns ExecuTorch's extension module.
 
     Not `executorch.runtime`, which wraps it: that imports the whole exporter (torchao and

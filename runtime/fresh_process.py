@@ -1,16 +1,16 @@
-"""What must be measured in a process that has done nothing before: loading time, peak memory."""
+"""What must be measured in a process that has done nothing before, such as loading and memory."""
 
 import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 from cq_edge.errors import BundleError, CQEdgeError
 from runtime.bundle import Bundle
@@ -18,6 +18,7 @@ from runtime.engine import Engine
 from runtime.measure import sample_inputs
 from runtime.peak_memory import peak_memory_mib
 
+Answer = TypeVar("Answer")
 MakeEngine = Callable[[Bundle, int | None], Engine]
 _FRESH_PAGES = "5"  # to clear_refs: the peak starts anew (proc_pid_clear_refs(5))
 
@@ -55,40 +56,66 @@ def load_and_run(
     """
     if cold:
         _drop_from_cache(bundle, graph)
+    found = answers(_measure, make_engine, bundle, threads, graph, does=f"loads graph {graph}")
+    with closing(found):
+        return next(found)
+
+
+def answers(
+    function: Callable[..., Iterable[Answer]], *arguments: Any, does: str
+) -> Generator[Answer, None, None]:
+    """Yields what a function yields in a process that has done nothing before.
+
+    The process ends when the function has, or the iterator is closed.
+
+    Args:
+        function: Named at the top of a module, so that the process can import it.
+        arguments: Of the function.
+        does: What messages say of the process, e.g. "loads graph encode".
+
+    Raises:
+        CQEdgeError: The function raised it, or the process ended before the function did.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    arguments = (theirs, make_engine, bundle, threads, graph)
-    process = context.Process(target=_answer, args=arguments, daemon=True)
+    process = context.Process(target=_answer, args=(theirs, function, arguments), daemon=True)
     with _interrupts_kept_from_children():
         process.start()
     theirs.close()
     try:
-        found = ours.recv()
+        while (found := ours.recv()) is not _END:
+            if isinstance(found, CQEdgeError):
+                raise found
+            yield found
     except EOFError:
         process.join()
         raise BundleError(
-            f"the process that loads graph {graph} ended with exit code {process.exitcode}: "
-            "is there too little memory?"
+            f"the process that {does} ended with exit code {process.exitcode}: is there too "
+            "little memory?"
         ) from None
     finally:
         process.kill()
         process.join()
-    if isinstance(found, CQEdgeError):
-        raise found
-    result: Fresh = found
-    return result
+
+
+_END = None  # what follows the last answer
 
 
 def _answer(
-    connection: Connection, make_engine: MakeEngine, bundle: Bundle, threads: int | None, graph: str
+    connection: Connection, function: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]
 ) -> None:
     try:
-        connection.send(_measure(make_engine(bundle, threads), bundle, graph))
+        for found in function(*arguments):
+            connection.send(found)
+        connection.send(_END)
     except CQEdgeError as error:
         connection.send(error)
 
 
-def _measure(engine: Engine, bundle: Bundle, graph: str) -> Fresh:
+def _measure(
+    make_engine: MakeEngine, bundle: Bundle, threads: int | None, graph: str
+) -> Iterator[Fresh]:
+    engine = make_engine(bundle, threads)
     inputs = sample_inputs(bundle, graph)
     gc.collect()
     before_mib, read_before = _start_peak_mib(), _read_mib()
@@ -98,7 +125,7 @@ def _measure(engine: Engine, bundle: Bundle, graph: str) -> Fresh:
     read_after = _read_mib()
     engine.run(graph, inputs)
     read = None if read_before is None or read_after is None else read_after - read_before
-    return Fresh(load_ms, read, max(0.0, _peak_mib() - before_mib))
+    yield Fresh(load_ms, read, max(0.0, _peak_mib() - before_mib))
 
 
 def _drop_from_cache(bundle: Bundle, graph: str) -> None:

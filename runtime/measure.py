@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from statistics import median
 from time import perf_counter
@@ -24,6 +24,7 @@ from runtime.generate import guided_by
 # before decides what lies in the caches and which memory must be fetched again, so that a graph
 # timed alone, or in other company, is another measurement
 RUNS_PER_ROUND = {"encode": 2, "denoise": 4, "denoise_shallow": 4, "decode": 1}
+_STUDENTS_T = (12.706, 4.303, 3.182, 2.776)  # 0.975 quantile, of 1 to 4 degrees of freedom
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,13 @@ class TimedRun:
         round_index: Rounds count from 0, which warms up.
         graph: Its name.
         taken_ms: Wall time, from arrays in to arrays out.
+        process: Processes that ran graphs count from 0.
     """
 
     round_index: int
     graph: str
     taken_ms: float
+    process: int = 0
 
     @property
     def warms_up(self) -> bool:
@@ -77,21 +80,49 @@ def timed_runs(
                 yield TimedRun(index, graph, taken_ms)
 
 
-def counted_ms(runs: Sequence[TimedRun]) -> dict[str, list[float]]:
-    """Returns the milliseconds of the runs that count, by graph; a graph that was too slow for
-    more than the warm-up counts with its last run of it."""
-    times: dict[str, list[float]] = {}
+def counted(runs: Sequence[TimedRun]) -> dict[str, list[TimedRun]]:
+    """Returns the runs that count, by graph; a graph that was too slow for more than the warm-up
+    counts with its last run of each process."""
+    found: dict[str, list[TimedRun]] = {}
     for graph in dict.fromkeys(run.graph for run in runs):
         own = [run for run in runs if run.graph == graph]
-        times[graph] = [run.taken_ms for run in own if not run.warms_up] or [own[-1].taken_ms]
-    return times
+        last = {run.process: run for run in own}
+        found[graph] = [run for run in own if not run.warms_up] or list(last.values())
+    return found
 
 
-def figures(taken_ms: Sequence[float]) -> GraphFigures:
-    """Returns the quantiles of a graph's runs, ms."""
-    quantiles = np.percentile(taken_ms, (10, 50, 90, 99))
+def counted_ms(runs: Sequence[TimedRun]) -> dict[str, list[float]]:
+    """Returns what the runs that count took, ms, by graph."""
+    return {graph: [run.taken_ms for run in own] for graph, own in counted(runs).items()}
+
+
+def figures(runs: Sequence[TimedRun]) -> GraphFigures:
+    """Returns the quantiles of a graph's runs, all of which count, and the range of one more
+    process's median, ms."""
+    quantiles = np.percentile([run.taken_ms for run in runs], (10, 50, 90, 99))
     p10, p50, p90, p99 = (max(1e-5, round(float(q), 5)) for q in quantiles)
-    return GraphFigures(p50, p10, p90, p99, runs=len(taken_ms))
+    found = GraphFigures(p50, p10, p90, p99, runs=len(runs))
+    factor = _factor_of_processes(runs)
+    if factor is None:
+        return found
+    return replace(found, low_ms=round(p50 / factor, 6), high_ms=round(p50 * factor, 5))
+
+
+def _factor_of_processes(runs: Sequence[TimedRun]) -> float | None:
+    """Returns within which factor of the median one more process's lies, 95 of 100 times; None
+    of a single process.
+
+    Source: Student's prediction interval for one more value, of the logarithms of the medians.
+    """
+    by_process: dict[int, list[float]] = {}
+    for run in runs:
+        by_process.setdefault(run.process, []).append(run.taken_ms)
+    count = len(by_process)
+    if count < 2:
+        return None
+    deviation = float(np.std(np.log([median(ms) for ms in by_process.values()]), ddof=1))
+    t = _STUDENTS_T[min(count - 1, len(_STUDENTS_T)) - 1]
+    return math.exp(t * deviation * math.sqrt(1 + 1 / count))
 
 
 def measure_graphs(

@@ -1,23 +1,31 @@
 """What has been measured of a bundle so far; valid at any time, so that Ctrl-C loses nothing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from cq_edge.latency import NEEDED_GRAPHS, DeviceProfile
-from runtime.coreml_benchmark import OperatorTime
-from runtime.measure import TimedRun, counted_ms, figures
+from cq_edge.latency import GRAPHS, NEEDED_GRAPHS, DeviceProfile
+from runtime.measure import TimedRun, counted, counted_ms, figures
 from runtime.noise import Noise
+from runtime.operator_time import OperatorTime
 from runtime.sustain import drift
 
 
 @dataclass(frozen=True, slots=True)
 class BlockTime:
-    """The median of a part of the full graph, exported and timed alone."""
+    """A part of the full graph, exported and timed alone.
+
+    Attributes:
+        name: Of the part.
+        p50_ms: Median of its runs.
+        multiply_adds: Of one run.
+    """
 
     name: str
     p50_ms: float
+    multiply_adds: int
 
 
 @dataclass(slots=True)
@@ -57,13 +65,38 @@ class Measurement:
         """Whether every graph has run, so that there is a profile; `encode` runs first."""
         return {run.graph for run in self.runs} >= set(NEEDED_GRAPHS)
 
+    @property
+    def rounds(self) -> int:
+        """How many rounds were done, those that warm up apart."""
+        return max((run.round_index for run in self.runs), default=0)
+
+    @property
+    def longest_s(self) -> float:
+        """The seconds that the graph which ran longest has run, warm-ups included."""
+        spent_ms = dict.fromkeys(GRAPHS, 0.0)
+        for run in self.runs:
+            spent_ms[run.graph] += run.taken_ms
+        return max(spent_ms.values()) / 1e3
+
+    def add(self, runs: Sequence[TimedRun], process: int, done: int) -> None:
+        """Takes in a round of a process.
+
+        Args:
+            runs: Of the round.
+            process: Which it is.
+            done: Rounds of the processes before it.
+        """
+        for run in runs:
+            index = 0 if run.warms_up else done + run.round_index
+            self.runs.append(replace(run, round_index=index, process=process))
+
     def profile(self) -> DeviceProfile:
         """Returns the device profile of what was measured.
 
         Raises:
             UsageError: A graph has not run yet.
         """
-        rows = {graph: figures(taken) for graph, taken in counted_ms(self.runs).items()}
+        rows = {graph: figures(runs) for graph, runs in counted(self.runs).items()}
         rows = {
             graph: replace(
                 row,

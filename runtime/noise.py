@@ -20,6 +20,25 @@ _WORK_FLOATS = 60_000  # half a millisecond of sines
 
 
 @dataclass(frozen=True, slots=True)
+class Watched:
+    """What a watch saw in the seconds that it looked, of which a verdict can be made together with
+    those of other processes.
+
+    Attributes:
+        wall_s: How long it looked.
+        other_s: Work of other processes, summed over the cores; None where the system does not
+            tell.
+        stolen_s: What the hypervisor gave to others, likewise.
+        work_ms: What a work that is always the same took, time after time.
+    """
+
+    wall_s: float
+    other_s: float | None
+    stolen_s: float
+    work_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Noise:
     """What else went on.
 
@@ -46,6 +65,17 @@ class Noise:
         if self.work_spread > _MOST_SPREAD:
             reasons.append(f"the same work took up to {self.work_spread:.1f} times its median time")
         return f"noisy: {', '.join(reasons)}" if reasons else QUIET
+
+    @classmethod
+    def of(cls, watched: Sequence[Watched]) -> Self:
+        """Returns what went on while one watch looked, or several one after the other."""
+        wall_s = sum(w.wall_s for w in watched)
+        work_ms = [ms for w in watched for ms in w.work_ms]
+        others = [w.other_s for w in watched if w.other_s is not None]
+        if not wall_s or len(others) < len(watched):
+            return cls(None, None, _spread(work_ms))
+        stolen = sum(w.stolen_s for w in watched) / wall_s / (os.cpu_count() or 1)
+        return cls(sum(others) / wall_s, stolen, _spread(work_ms))
 
     def as_conditions(self) -> Mapping[str, str | int | float]:
         """Returns it as conditions of a device profile."""
@@ -81,14 +111,17 @@ class NoiseWatch:
 
     def noise(self) -> Noise:
         """Returns what went on since the watch was made."""
+        return Noise.of([self.watched()])
+
+    def watched(self) -> Watched:
+        """Returns what it saw since it was made."""
         end, start = _Clock.now(), self._start
-        other = stolen = None
-        elapsed_s = end.wall_s - start.wall_s
-        if start.busy_s is not None and end.busy_s is not None and elapsed_s > 0:
+        other_s = None
+        if start.busy_s is not None and end.busy_s is not None:
             own_s = end.own_s - start.own_s
-            other = max(0.0, end.busy_s - start.busy_s - own_s) / elapsed_s
-            stolen = (end.stolen_s - start.stolen_s) / elapsed_s / (os.cpu_count() or 1)
-        return Noise(other, stolen, _spread(self._taken_ms))
+            other_s = max(0.0, end.busy_s - start.busy_s - own_s)
+        stolen_s = end.stolen_s - start.stolen_s
+        return Watched(end.wall_s - start.wall_s, other_s, stolen_s, tuple(self._taken_ms))
 
     def _work_ms(self) -> float:
         return max(self._pool.map(self._timed_ms, self._results))

@@ -44,6 +44,10 @@ def test_the_parts_are_exported_and_timed_in_the_order_they_run(pipeline, fittin
     assert names[:2] == ["time", "conv_in"]
     assert names[-2:] == ["outer_layer_0", "head"]
     assert all(block.p50_ms > 0 for block in blocks)
+    computed = {block.name: block.multiply_adds for block in blocks}
+    unet = load_pipeline(pipeline).unet
+    assert computed["conv_in"] == unet.conv_in.weight.numel() * unet.config.sample_size**2
+    assert min(computed.values()) > 0
 
 
 def test_another_model_is_refused(pipeline, tmp_path):

@@ -9,6 +9,8 @@ from apps.cli import main
 from cq_edge.latency import GRAPHS, DeviceProfile
 from runtime.bundle import open_bundle
 from runtime.measure import RUNS_PER_ROUND
+from runtime.measurement import BlockTime
+from runtime.operator_time import OperatorTime
 from tests.interrupting import interrupted
 
 ROOT = Path(__file__).parents[2]
@@ -25,15 +27,44 @@ def test_the_profile_the_report_and_the_screen_hold_every_graph(home, capsys):
         assert f"{row.p50_ms:.2f}" in screen
         assert row.runs == 3 * RUNS_PER_ROUND[graph]
         assert row.load_ms["warm"] > 0
+        assert row.low_ms <= row.p50_ms <= row.high_ms
+        assert f"{graph} {row.low_ms:.2f} to {row.high_ms:.2f}" in screen
     assert profile.step_ms > 0
     for key in ("engine", "processor", "governor", "python", "date", "noise", "files", "threads"):
         assert key in profile.conditions
         assert f"{key}: " in screen
     assert profile.conditions["complete"] == "yes"
+    assert (profile.conditions["rounds"], profile.conditions["processes"]) == (3, 3)
     assert profile.conditions["sustained_drift"] > 0
     page = (home / "here.html").read_text()
     assert page.count("data:image/png;base64,") == 2  # every run, and without a pause
     assert not re.search('(src|href)=(?!"data:)', page)
+
+
+def test_parts_of_the_full_graph_stand_with_their_shares_and_rates(home, capsys, monkeypatch):
+    parts = [BlockTime("mid_layer_0", 3.0, 60_000_000), BlockTime("head", 1.0, 5_000_000)]
+    monkeypatch.setattr(measure_module, "measure_blocks", lambda *_: parts)
+    words = ["--rounds", "1", "--timing-only", "--blocks", "built-in", "--html", "here.html"]
+    assert main(["measure", "bundle", *words]) == 0
+    screen, page = capsys.readouterr().out, (home / "here.html").read_text()
+    for cells in (
+        ("mid_layer_0", "3.000", "75.0%", "60.0", "20.0"),
+        ("head", "1.000", "25.0%", "5.0", "5.0"),
+        ("all parts", "4.000", "100.0%", "65.0", "16.2"),
+    ):
+        assert re.search(r"\s*│\s*".join(map(re.escape, cells)), screen)
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+
+
+def test_operators_that_a_tracer_tells_of_are_shown(home, capsys, monkeypatch):
+    told = [OperatorTime("decode", "Convolution", "delegate", 1.25)]
+    monkeypatch.setattr(measure_module, "traced_operators", lambda *_: told)
+    words = ["--rounds", "1", "--timing-only", "--operators", "--html", "here.html"]
+    assert main(["measure", "bundle", *words]) == 0
+    assert re.search(r"decode +│ Convolution │ delegate │ 1\.2500", capsys.readouterr().out)
+    assert (
+        "<td>Convolution</td><td>delegate</td><td>1.2500</td>" in (home / "here.html").read_text()
+    )
 
 
 def test_plan_and_generate_work_from_what_measure_wrote(home, capsys, monkeypatch):

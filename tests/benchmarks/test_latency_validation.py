@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
+from benchmarks.latency_data import Timings, known_operators, timed_devices
 from benchmarks.latency_graphs import settings
-from benchmarks.latency_machine import START, Point, held_out, splits
+from benchmarks.latency_machine import START, Point, errors_of, held_out, splits
 from benchmarks.latency_published import Chip, Order, Row, fit, pair_orders
+from benchmarks.latency_setting import Setting
 from benchmarks.published_models import parameters, text_operators, unet_operators
-from cq_edge.latency_model import terms_of
+from cq_edge.latency_model import device_names, terms_of
 from cq_edge.operators import Operator, multiply_adds
 
 ALL = settings()
@@ -28,6 +30,23 @@ def test_every_unet_is_held_out_once(question):
         s.name for s in ALL if s.graph.startswith("denoise")
     )
     assert len(outside) >= 24
+
+
+def test_a_setting_is_found_again_from_its_name():
+    of_bundle = Setting("decode", "bundle my-own", (), 16, "int8")
+    for setting in (*ALL, of_bundle):
+        assert Setting.from_name(setting.name) == setting
+    assert of_bundle.is_of_bundle and not any(s.is_of_bundle for s in ALL)
+
+
+@pytest.mark.parametrize("device", timed_devices())
+def test_what_was_timed_is_kept_with_its_operators(device):
+    timings = Timings.load(device)
+    assert device in device_names()
+    assert timings.turns_ms.keys() <= known_operators().keys()
+    alone = errors_of(held_out(timings.points(), splits()["int8 from float32 alone"]))
+    assert len(alone) >= 24
+    assert np.median(alone) < 0.10 and alone.max() < 0.25
 
 
 def _point(setting, rng):

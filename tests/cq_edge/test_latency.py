@@ -64,6 +64,7 @@ def test_a_noisy_profile_says_why():
 
 def measured(**changes):
     figures = {"p10_ms": 0.5, "p50_ms": 1.0, "p90_ms": 20.0, "p99_ms": 30.0, "runs": 9,
+               "low_ms": 0.9, "high_ms": 15.0,
                "load_ms": {"cold": 20.0, "warm": 10.0}, "peak_memory_mib": 3.0}  # fmt: skip
     return GraphFigures(**{**figures, **changes})
 
@@ -71,6 +72,7 @@ def measured(**changes):
 def content(**changes):
     rows = {graph: {"p50_ms": ms} for graph, ms in TIMES.items()}
     rows["encode"].update(changes.pop("encode", {}))
+    rows["decode"] = changes.pop("decode_row", rows["decode"])
     return {"engine": "xnnpack", "graphs_sha256": "ab", "graphs": rows, **changes}
 
 
@@ -90,6 +92,9 @@ def content(**changes):
          "graphs.encode.p50_ms is 0: it must be a finite number above 0"),
         (content(encode={"p50_ms": float("nan")}),
          "graphs.encode.p50_ms is nan: it must be a finite number above 0"),
+        (content(encode={"p50_ms": 10**400}),
+         f"graphs.encode.p50_ms is 1{'0' * 39}: it must be a finite number above 0"),
+        (content(decode_row={}), "graphs.decode.p50_ms is missing"),
         (content(encode={"p50_ms": "3"}),
          "graphs.encode.p50_ms is '3': it must be a finite number above 0"),
         (content(encode={"p50_ms": True}),
@@ -100,6 +105,10 @@ def content(**changes):
          "graphs.encode.p90_ms is null: leave it out, or measure it"),
         (content(encode={"p90_ms": 1.0}),
          "graphs.encode.p50_ms is 2, above p90_ms 1: quantiles must rise"),
+        (content(encode={"low_ms": 3.0}),
+         "graphs.encode.low_ms is 3, above p50_ms 2: the median must lie within"),
+        (content(encode={"high_ms": -3.0}),
+         "graphs.encode.high_ms is -3.0: it must be a finite number above 0"),
         (content(encode={"runs": 2.5}),
          "graphs.encode.runs is 2.5: it must be a whole number above 0"),
         (content(encode={"load_ms": {"cold": -3}}),
@@ -109,8 +118,8 @@ def content(**changes):
         (content(encode={"load_ms": 3}),
          "graphs.encode.load_ms must be an object with cold and warm"),
         (content(encode={"p95_ms": 3}),
-         "graphs.encode.p95_ms is unknown: allowed are p50_ms, p10_ms, p90_ms, p99_ms, load_ms, "
-         "peak_memory_mib, runs"),
+         "graphs.encode.p95_ms is unknown: allowed are p50_ms, p10_ms, p90_ms, p99_ms, low_ms, "
+         "high_ms, load_ms, peak_memory_mib, runs"),
         (content(phone="x"),
          "phone is unknown: allowed are engine, graphs_sha256, graphs, step_ms, conditions"),
         (content(step_ms=-2), "step_ms is -2: it must be a finite number of 0 or more"),
@@ -130,9 +139,10 @@ def test_says_which_field_of_a_file_is_wrong_and_what_is_allowed(tmp_path, given
 
 def test_a_file_that_is_no_json_is_named(tmp_path):
     path = tmp_path / "device.json"
-    path.write_text("{")
-    with pytest.raises(UsageError, match=f"^{re.escape(str(path))} cannot be read as a device"):
-        DeviceProfile.load(path)
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=f"^{re.escape(str(path))} cannot be read as a device"):
+            DeviceProfile.load(path)
 
 
 def test_refuses_the_profile_of_something_else():

@@ -34,6 +34,7 @@ def device(**changes):
             gb_per_s=dict.fromkeys(MOVED, 5.0),
             dispatch_us=2.0,
             dispatch_int8_us=3.0,
+            row_int8_us=0.01,
             call_us=50.0,
             tile_rows=1,
             tile_columns=16,
@@ -62,6 +63,7 @@ def test_quantised_operators_are_dispatched_at_their_own_cost():
     quantise = replace(ADD, kind="quantise")
     terms = terms_of((LINEAR, quantise, replace(LINEAR, dtype="int8")))
     assert (terms["dispatch"], terms["dispatch int8"]) == (2, 3)
+    assert terms["rows int8"] == 2 * 100
 
 
 def test_terms_scale_with_counts():
@@ -87,6 +89,14 @@ def test_what_no_measurement_pins_keeps_its_proportion():
     start = {"linear float32": 10.0, "linear int8": 2.5}
     found = fit_costs([({"linear float32": 3.0}, 60.0)], start, looseness=1.0)
     assert found == pytest.approx({"linear float32": 20.0, "linear int8": 5.0})
+
+
+def test_a_narrow_product_follows_the_float32_product_of_its_kind():
+    start = {"linear float32": 10.0, "linear int8": 2.5, "convolution float32": 10.0}
+    measured = [({"linear float32": 3.0}, 60.0), ({"convolution float32": 3.0}, 15.0)]
+    found = fit_costs(measured * 100, start, looseness=10.0)
+    assert found["linear float32"] == pytest.approx(20.0, rel=1e-3)
+    assert found["linear int8"] == pytest.approx(found["linear float32"] / 4, rel=1e-6)
 
 
 def test_no_cost_is_negative_or_zero_whatever_was_measured():
@@ -159,6 +169,8 @@ def _set(key, value):
         (_set("dispatch_us", -1.0), "dispatch_us is -1.0: it must be finite and above 0"),
         (_set("error", 0.0), "error is 0.0: it must be finite and above 0"),
         (_set("tile_rows", 0), "tile_rows is 0: it must be finite and above 0"),
+        (_set("tile_rows", 10**400),
+         f"tile_rows is 1{'0' * 39}: it must be finite and above 0"),
         (_set("tile_rows", 1.5), "tile_rows is a number (1.5): it must be a whole number"),
         (_set("load_ms", -3.0), "load_ms is -3.0: it must be finite and above 0"),
         (_set("load_ms", "1"), "load_ms is a string ('1'): it must be null or a number"),

@@ -5,12 +5,8 @@ import asyncio
 import inspect
 from types import SimpleNamespace
 
-from runtime.coreml_benchmark import (
-    OperatorTime,
-    benchmarked_runs,
-    load_times_ms,
-    operator_times,
-)
+from runtime.coreml_benchmark import benchmarked_runs, load_times_ms, operator_times
+from runtime.operator_time import OperatorTime
 
 
 class Benchmarker:

@@ -55,14 +55,44 @@ def test_the_first_round_does_not_count_unless_it_is_all_there_is():
     runs = [TimedRun(0, "encode", 9.0), TimedRun(0, "encode", 8.0), TimedRun(1, "encode", 2.0)]
     assert counted_ms(runs) == {"encode": [2.0]}
     assert counted_ms(runs[:2]) == {"encode": [8.0]}
+    elsewhere = TimedRun(0, "encode", 7.0, process=1)
+    assert counted_ms([*runs[:2], elsewhere]) == {"encode": [8.0, 7.0]}
 
 
 def test_quantiles_are_numpys():
     taken = np.random.default_rng(0).uniform(1, 9, 101)
-    row = figures(taken.tolist())
+    row = figures([TimedRun(1, "encode", ms) for ms in taken])
     found = (row.p10_ms, row.p50_ms, row.p90_ms, row.p99_ms)
     assert np.allclose(found, np.quantile(taken, (0.1, 0.5, 0.9, 0.99)), atol=1e-5)
     assert row.runs == 101
+    assert row.low_ms is None and row.high_ms is None
+
+
+def _run_of_processes(rng):
+    """The runs of five processes, some slower by a few percent throughout."""
+    levels = 10 * np.exp(rng.normal(0, 0.03, 5))
+    return [
+        TimedRun(1 + index, "decode", level * rng.normal(1, 0.002), process)
+        for process, level in enumerate(levels)
+        for index in range(10)
+    ]
+
+
+def test_the_stated_spread_holds_one_more_process_as_often_as_it_says():
+    rng, held = np.random.default_rng(0), []
+    for _ in range(2000):
+        row = figures(_run_of_processes(rng))
+        held.append(row.low_ms <= 10 * np.exp(rng.normal(0, 0.03)) <= row.high_ms)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.02)
+
+
+def test_two_measurements_lie_within_each_others_stated_spread():
+    rng = np.random.default_rng(1)
+    rows = [figures(_run_of_processes(rng)) for _ in range(1000)]
+    pairs = zip(rows[::2], rows[1::2], strict=True)
+    agree = [a.low_ms <= b.p50_ms <= a.high_ms and b.low_ms <= a.p50_ms <= b.high_ms
+             for a, b in pairs]  # fmt: skip
+    assert np.mean(agree) > 0.95
 
 
 def test_a_sustained_run_ends_in_time_and_tells_drift(bundle):

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -5,7 +6,7 @@ import time
 import pytest
 
 from cq_edge.latency import QUIET
-from runtime.noise import Noise, NoiseWatch
+from runtime.noise import Noise, NoiseWatch, Watched
 
 
 @pytest.fixture
@@ -45,3 +46,12 @@ def test_every_reason_is_told():
         "noisy: other processes kept 1.00 cores busy, the hypervisor took 5% of the time, the "
         "same work took up to 2.0 times its median time"
     )
+
+
+def test_what_several_processes_saw_counts_by_how_long_they_looked():
+    seen = [Watched(3.0, 0.3, 0.0, (1.0,) * 8), Watched(1.0, 0.5, 0.4, (1.0, 3.0))]
+    found = Noise.of(seen)
+    assert found.other_cores == pytest.approx(0.2)
+    assert found.stolen_share == pytest.approx(0.1 / (os.cpu_count() or 1))
+    assert found.work_spread == pytest.approx(1.2)
+    assert Noise.of([*seen, Watched(1.0, None, 0.0, ())]).other_cores is None
