@@ -1,0 +1,140 @@
+"""The contenders' processes, seen from the benchmark: started, asked in turns, ended."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class ContenderFailedError(Exception):
+    """A contender could not be prepared, loaded or run; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where contenders run.
+
+    Attributes:
+        task: The task's file.
+        work: Holds their files and logs.
+        threads: Of each.
+        at_most_s: That one may take to prepare, to load or to run a loop.
+    """
+
+    task: Path
+    work: Path
+    threads: int
+    at_most_s: float
+
+    def start(self, action: str, name: str, files: str) -> subprocess.Popen[str]:
+        """Starts a contender's process."""
+        folder = self.work / files
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **dict.fromkeys(_POOLS, str(self.threads))}
+        # a pool that waits must sleep, not spin: the others are measured meanwhile
+        environment["OMP_WAIT_POLICY"] = "passive"
+        module = [sys.executable, "-m", "benchmarks.rivals.worker"]
+        with self.log(name).open("a") as log:
+            return subprocess.Popen(
+                [*module, action, name, str(self.task), str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+            )
+
+    def log(self, name: str) -> Path:
+        """Returns the file of what a contender prints."""
+        return self.work / f"{''.join(c if c.isalnum() else '_' for c in name)}.log"
+
+
+def prepare(place: Place, name: str, files: str) -> None:
+    """Lets a contender write its files.
+
+    Raises:
+        ContenderFailedError: It could not, or took too long.
+    """
+    process = place.start("prepare", name, files)
+    try:
+        out, _ = process.communicate(timeout=place.at_most_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise ContenderFailedError(_too_slow(place)) from None
+    if process.returncode != 0:
+        raise ContenderFailedError(_failure(out, process, place.log(name)))
+
+
+class Worker:
+    """A contender that has loaded and waits.
+
+    Attributes:
+        ready: What it answered then: `versions`, `modes`, `disk_bytes`.
+
+    Raises:
+        ContenderFailedError: It could not load.
+    """
+
+    def __init__(self, place: Place, name: str, files: str) -> None:
+        self._place, self._log = place, place.log(name)
+        self._process = place.start("serve", name, files)
+        self.ready = self._read()
+
+    def run(self, picture: int, latents: Path) -> dict[str, Any]:
+        """Returns what a loop took: `steps_ms`, `modes`, `peak_mib`, `has_latents`.
+
+        Args:
+            picture: Its number.
+            latents: The .npy file that the latents are written to.
+
+        Raises:
+            ContenderFailedError: It could not run, or ended.
+        """
+        stdin = self._process.stdin
+        assert stdin is not None  # it is a pipe
+        try:
+            stdin.write(json.dumps({"picture": picture, "latents": str(latents)}) + "\n")
+            stdin.flush()
+        except BrokenPipeError:
+            self._process.wait()
+            raise ContenderFailedError(_failure("", self._process, self._log)) from None
+        return self._read()
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _read(self) -> dict[str, Any]:
+        stdout = self._process.stdout
+        assert stdout is not None  # it is a pipe
+        if not select.select([stdout], [], [], self._place.at_most_s)[0]:
+            self.end()
+            raise ContenderFailedError(_too_slow(self._place))
+        line = stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {}
+        if not line or "failure" in answer:
+            self._process.wait()
+            raise ContenderFailedError(_failure(line, self._process, self._log))
+        return answer
+
+
+def _too_slow(place: Place) -> str:
+    return f"took longer than {place.at_most_s:.0f} s"
+
+
+def _failure(answer: str, process: "subprocess.Popen[str]", log: Path) -> str:
+    """Returns what a process said of its failure, or how it ended with its last line printed."""
+    if answer.strip():
+        said: str = json.loads(answer.strip().splitlines()[-1])["failure"]
+        return said
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = f"; its last line: {lines[-1].strip()}" if lines else ""
+    return f"the process ended with exit code {process.returncode}{last}"
