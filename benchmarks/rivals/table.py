@@ -142,15 +142,15 @@ def _conditions(conditions: Mapping[str, Any], alive: Sequence[Mapping[str, Any]
             f" Only the first {conditions['steps_run']} steps of a loop ran: whole loops are "
             "predicted from the medians of their steps, where those tell."
         )
+    loading = "" if conditions["kept_loaded"] else ", loaded anew for each turn"
     return (
         f"Conditions: {conditions['processor']}, threads: {conditions['threads']}, "
-        f"{conditions['model']}, {conditions['latents']} latents, PNDM, {conditions['steps']} steps "
-        f"(the UNet is asked {conditions['steps_of_loop']} times), guidance "
-        f"{conditions['guidance']:g} (two branches a step), {conditions['rounds']} loops each after "
-        f"one to warm up, in turns, a process each"
-        f"{'' if conditions['kept_loaded'] else ', loaded anew for each turn'}; figures are medians "
-        f"(least–most), ratios within a round.{cut} Other processes kept "
-        f"{conditions['other_cores_busy']:.2f} cores busy meanwhile. {conditions['date']}. "
+        f"{conditions['model']}, {conditions['latents']} latents, PNDM, {conditions['steps']} "
+        f"steps (the UNet is asked {conditions['steps_of_loop']} times), guidance "
+        f"{conditions['guidance']:g} (two branches a step), {conditions['rounds']} loops of each "
+        f"after one to warm up, in turns, a process each{loading}; figures are medians "
+        f"(least–most), ratios are within a round.{cut} Other processes kept "
+        f"{conditions['other_cores_busy']:.2f} other cores busy meanwhile. {conditions['date']}. "
         f"{libraries}."
     )
 

@@ -49,7 +49,8 @@ def calibration_inputs(task: Task) -> list[dict[str, FloatArray]]:
     def denoiser(*inputs: FloatArray) -> FloatArray:
         samples.append(dict(zip(INPUTS, (a.copy() for a in inputs), strict=True)))
         with torch.no_grad():
-            return unet(*(torch.from_numpy(a) for a in inputs)).numpy()
+            noise: FloatArray = unet(*(torch.from_numpy(a) for a in inputs)).numpy()
+        return noise
 
     for picture in range(len(task.prompts)):
         guided_loop(task, picture, denoiser)

@@ -34,10 +34,8 @@ class StableDiffusionCpp:
         """
         from stable_diffusion_cpp import StableDiffusion
 
-        path = self._path(work)
-        converted = StableDiffusion().convert(
-            str(task.pipeline), str(path), output_type=self._dtype
-        )
+        path, model = self._path(work), StableDiffusion()
+        converted = model.convert(str(task.pipeline), str(path), output_type=self._dtype)
         if not converted or not path.exists():
             raise RuntimeError("stable-diffusion.cpp could not convert the pipeline")
 
