@@ -34,7 +34,7 @@ from benchmarks.rivals.busy import BusyCores
 from benchmarks.rivals.contenders import CONTENDERS, REFERENCE
 from benchmarks.rivals.plan_for_speedup import plan_for_speedup
 from benchmarks.rivals.processes import Place
-from benchmarks.rivals.quality import Quality, compare, decode
+from benchmarks.rivals.quality import Decoder, Quality, compare
 from benchmarks.rivals.table import markdown, rows, write_section
 from benchmarks.rivals.task import FloatArray, Task
 from cq_edge.errors import CQEdgeError, UsageError
@@ -55,15 +55,19 @@ def main() -> None:
     if args.cores is not None:
         os.sched_setaffinity(0, args.cores)  # the contenders inherit it
     torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True)
+    args.work.mkdir(parents=True, exist_ok=args.prepared)
     task = _task(args)
     place = Place(args.work / "task.json", args.work, args.threads, args.at_most_s)
     task.write(place.task)
     results = prepare_all(place, names)
-    busy = BusyCores()
-    take_turns(place, results, args.rounds, keep=not args.one_at_a_time)
-    conditions = _conditions(args, task, busy.others())
-    table = rows(results, _qualities(results, task, args.scorer), task.total)
+    if args.prepare_only:
+        return
+    busy, steps = BusyCores(), args.first_steps or task.total
+    take_turns(place, results, args.rounds, steps, keep=not args.one_at_a_time)
+    conditions = _conditions(args, task, steps, busy.others())
+    scorer = args.scorer if steps == task.total else None
+    qualities = _qualities(results, task, steps == task.total, scorer)
+    table = rows(results, qualities, task.total)
     report = {"conditions": conditions, "rows": table}
     text = markdown(report)
     args.docs.mkdir(parents=True, exist_ok=True)
@@ -90,12 +94,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=50, help="of PNDM (default: %(default)s)")
     add("--first-steps", type=int, metavar="N", help="cut loops short after so many")
     add("--guidance", type=float, default=3.5, help="(default: %(default)s)")
-    add("--rounds", type=int, default=12, help="loops of each (default: %(default)s)")
+    add("--rounds", type=int, default=10, help="loops of each (default: %(default)s)")
     add("--threads", type=int, default=1, help="of each (default: %(default)s)")
     add("--cores", type=int, nargs="+", metavar="C", help="to run on (default: all)")
     add("--scorer", type=_folder, default=DEMO_SCORER, help="a CLIP model, or none")
     add("--only", nargs="+", metavar="NAME", help="contenders whose names begin with one of these")
     add("--one-at-a-time", action="store_true", help="never have two models in memory")
+    add("--prepare-only", action="store_true", help="convert the models and stop")
+    add("--prepared", action="store_true", help="keep what --work holds of an earlier run")
     add("--at-most-s", type=float, default=900.0, help="to prepare, load or run a contender once "
         "(default: %(default)s)")  # fmt: skip
     add("--work", type=Path, default=Path("out/rivals"), help="a new folder for converted models "
@@ -133,8 +139,8 @@ def _task(args: argparse.Namespace) -> Task:
         plan=plan,
         prompts=prompts,
         calibration_prompts=others,
+        calibration_steps=args.first_steps or args.steps,
         steps=args.steps,
-        first_steps=args.first_steps,
         guidance=args.guidance,
         threads=args.threads,
         embeddings=embeddings,
@@ -160,26 +166,31 @@ def _embed(model: Path, prompts: Sequence[str], others: Sequence[str], path: Pat
 
 
 def _qualities(
-    results: Sequence[Result], task: Task, scorer_folder: Path | None
+    results: Sequence[Result], task: Task, whole: bool, scorer_folder: Path | None
 ) -> dict[str, Quality]:
+    """Returns how close each is to the reference; pictures are looked at if loops were whole."""
     reference = next(r for r in results if r.name == REFERENCE)
     if reference.failure is not None:
         return {}
-    whole = task.run_steps == task.total
-    scorer = Scorer.load(scorer_folder) if whole and scorer_folder is not None else None
-    vae = task.pipeline / "vae"
-    expected = decode(vae, reference.latents) if whole else None
+    scorer = None if scorer_folder is None else Scorer.load(scorer_folder)
+    decoder = Decoder(task.pipeline / "vae") if whole else None
+    expected = None if decoder is None else decoder.pictures(reference.latents)
     found = {}
     for result in results:
-        if result.failure is None and result.latents:
-            pictures = None if expected is None else (expected, decode(vae, result.latents))
-            found[result.name] = compare(
-                reference.latents, result.latents, pictures, task.prompts, scorer
-            )
+        if result is reference or result.failure is not None or not result.latents:
+            continue
+        pictures = None
+        if decoder is not None and expected is not None:
+            pictures = expected, decoder.pictures(result.latents)
+        found[result.name] = compare(
+            reference.latents, result.latents, pictures, task.prompts, scorer
+        )
     return found
 
 
-def _conditions(args: argparse.Namespace, task: Task, other_cores: float) -> dict[str, Any]:
+def _conditions(
+    args: argparse.Namespace, task: Task, steps: int, other_cores: float
+) -> dict[str, Any]:
     shape = "×".join(str(size) for size in task.latents(0).shape[1:])
     return {
         "processor": processor(),
@@ -190,7 +201,7 @@ def _conditions(args: argparse.Namespace, task: Task, other_cores: float) -> dic
         "latents": shape,
         "steps": task.steps,
         "steps_of_loop": task.total,
-        "steps_run": task.run_steps,
+        "steps_run": steps,
         "guidance": task.guidance,
         "plan": task.plan,
         "rounds": args.rounds,

@@ -1,5 +1,6 @@
 """Lets the contenders take turns, loop by loop, and keeps what came of each."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,38 +53,45 @@ class Result:
 def prepare_all(place: Place, names: Sequence[str]) -> list[Result]:
     """Returns the contenders, those that could not be prepared with the reason.
 
-    Those that share files are prepared once; if that fails, all fail.
+    Those that share files are prepared once; if that fails, all fail. What an earlier call
+    prepared in the same place, or failed to, is not prepared again.
     """
-    results, failures = [], dict[str, str | None]()
+    done = place.work / "prepared.json"
+    failures: dict[str, str | None] = {}
+    if done.exists():
+        failures = json.loads(done.read_text(encoding="utf-8"))
     for name in tqdm(names, desc="prepare"):
         files = make(name).files
         if files not in failures:
             failures[files] = _try_to_prepare(place, name, files)
-        results.append(Result(name, failures[files]))
-    return results
+            done.write_text(json.dumps(failures, indent=2), encoding="utf-8")
+    return [Result(name, failures[make(name).files]) for name in names]
 
 
-def take_turns(place: Place, results: Sequence[Result], rounds: int, *, keep: bool) -> None:
+def take_turns(
+    place: Place, results: Sequence[Result], rounds: int, steps: int, *, keep: bool
+) -> None:
     """Runs the loop of picture i in round i for every contender, in an order that rotates.
 
     Args:
         place: Where.
-        results: Filled. A contender that fails keeps no figures.
+        results: Filled. A contender that fails has no further turn.
         rounds: 1 or more.
-        keep: Whether all stay loaded and have run a loop to warm up, or each is loaded anew for
-            its turn, for lack of memory; then a turn is a loop to warm up and one that counts.
+        steps: How many of a loop run.
+        keep: Whether all stay loaded, each warmed up by a loop, or, for lack of memory, each is
+            loaded anew for its turn, and warmed up by a step.
     """
     workers: dict[str, Worker] = {}
     try:
         if keep:
             for result in tqdm(results, desc="load"):
-                _turn(place, result, 0, workers, counts=False)
+                _turn(place, result, workers, 0, steps, counts=False)
         for index in tqdm(range(rounds), desc="rounds"):
             start = index % len(results)
             for result in (*results[start:], *results[:start]):
                 if not keep:
-                    _turn(place, result, index, workers, counts=False)
-                _turn(place, result, index, workers, counts=True)
+                    _turn(place, result, workers, index, 1, counts=False)
+                _turn(place, result, workers, index, steps, counts=True)
                 if not keep and result.name in workers:
                     workers.pop(result.name).end()
     finally:
@@ -92,9 +100,15 @@ def take_turns(place: Place, results: Sequence[Result], rounds: int, *, keep: bo
 
 
 def _turn(
-    place: Place, result: Result, picture: int, workers: dict[str, Worker], *, counts: bool
+    place: Place,
+    result: Result,
+    workers: dict[str, Worker],
+    picture: int,
+    steps: int,
+    *,
+    counts: bool,
 ) -> None:
-    """Runs a loop, loading the contender if need be; it has failed if it does."""
+    """Runs a loop, loading the contender if need be; the result says so if it fails."""
     if result.failure is not None:
         return
     latents = place.work / "latents.npy"
@@ -102,7 +116,7 @@ def _turn(
         if result.name not in workers:
             workers[result.name] = Worker(place, result.name, make(result.name).files)
         worker = workers[result.name]
-        found = worker.run(picture, latents)
+        found = worker.run(picture, steps, latents)
     except ContenderFailedError as error:
         if result.name in workers:
             workers.pop(result.name).end()

@@ -25,6 +25,11 @@ CONTENDERS: Mapping[str, tuple[str, str, tuple[Any, ...]]] = {
     "OpenVINO W8A8, bfloat16": ("with_openvino", "OpenVINO", ("w8a8", "bf16")),
     "ONNX Runtime float32": ("with_onnxruntime", "OnnxRuntime", ("float32",)),
     "ONNX Runtime int8, dynamic": ("with_onnxruntime", "OnnxRuntime", ("dynamic",)),
+    "ONNX Runtime int8, dynamic, Linear alone": (
+        "with_onnxruntime",
+        "OnnxRuntime",
+        ("dynamic_linear",),
+    ),
     "ONNX Runtime int8, static": ("with_onnxruntime", "OnnxRuntime", ("static",)),
     "stable-diffusion.cpp q8_0": ("with_sdcpp", "StableDiffusionCpp", ("q8_0",)),
     "stable-diffusion.cpp q8_0, ucache": ("with_sdcpp", "StableDiffusionCpp", ("q8_0", "ucache")),

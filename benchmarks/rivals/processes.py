@@ -87,11 +87,12 @@ class Worker:
         self._process = place.start("serve", name, files)
         self.ready = self._read()
 
-    def run(self, picture: int, latents: Path) -> dict[str, Any]:
+    def run(self, picture: int, steps: int, latents: Path) -> dict[str, Any]:
         """Returns what a loop took: `steps_ms`, `modes`, `peak_mib`, `has_latents`.
 
         Args:
             picture: Its number.
+            steps: How many of the loop to run.
             latents: The .npy file that the latents are written to.
 
         Raises:
@@ -100,7 +101,8 @@ class Worker:
         stdin = self._process.stdin
         assert stdin is not None  # it is a pipe
         try:
-            stdin.write(json.dumps({"picture": picture, "latents": str(latents)}) + "\n")
+            request = {"picture": picture, "steps": steps, "latents": str(latents)}
+            stdin.write(json.dumps(request) + "\n")
             stdin.flush()
         except BrokenPipeError:
             self._process.wait()

@@ -30,19 +30,30 @@ class Quality:
     clip_delta: tuple[float, float, float] | None = None
 
 
-def decode(vae_folder: Path, latents: Sequence[FloatArray]) -> NDArray[np.uint8]:
-    """Returns (N, H, W, 3) pictures of N latents (1, 4, h, w), decoded in float32."""
-    from diffusers import AutoencoderKL
+class Decoder:
+    """A pipeline's own VAE in float32.
 
-    vae = AutoencoderKL.from_pretrained(str(vae_folder), torch_dtype=torch.float32).eval()
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-    pictures = []
-    with torch.no_grad():
+    Args:
+        folder: Of the VAE, in diffusers layout.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(
+            str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
+        self._vae = vae.eval()
+
+    @torch.no_grad()
+    def pictures(self, latents: Sequence[FloatArray]) -> NDArray[np.uint8]:
+        """Returns (N, H, W, 3) pictures of N latents (1, 4, h, w)."""
+        config, pictures = self._vae.config, []
         for array in latents:
-            image = vae.decode(torch.from_numpy(array) / scale + shift).sample[0]
-            image = (image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+            given = torch.from_numpy(array) / config.scaling_factor + (config.shift_factor or 0.0)
+            image = (self._vae.decode(given).sample[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
             pictures.append((image * 255).round().to(torch.uint8).numpy())
-    return np.stack(pictures)
+        return np.stack(pictures)
 
 
 def compare(

@@ -142,13 +142,15 @@ def _conditions(conditions: Mapping[str, Any], alive: Sequence[Mapping[str, Any]
             f" Only the first {conditions['steps_run']} steps of a loop ran: whole loops are "
             "predicted from the medians of their steps, where those tell."
         )
-    loading = "" if conditions["kept_loaded"] else ", loaded anew for each turn"
+    kept = conditions["kept_loaded"]
+    loading = "" if kept else ", loaded anew for each turn"
+    warm_up = "one to warm up" if kept else "a step to warm up"
     return (
         f"Conditions: {conditions['processor']}, threads: {conditions['threads']}, "
         f"{conditions['model']}, {conditions['latents']} latents, PNDM, {conditions['steps']} "
         f"steps (the UNet is asked {conditions['steps_of_loop']} times), guidance "
         f"{conditions['guidance']:g} (two branches a step), {conditions['rounds']} loops of each "
-        f"after one to warm up, in turns, a process each{loading}; figures are medians "
+        f"after {warm_up}, in turns, a process each{loading}; figures are medians "
         f"(least–most), ratios are within a round.{cut} Other processes kept "
         f"{conditions['other_cores_busy']:.2f} other cores busy meanwhile. {conditions['date']}. "
         f"{libraries}."

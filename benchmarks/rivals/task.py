@@ -32,8 +32,8 @@ class Task:
         plan: Of the bundle's planned rows, as `--plan` of `cq-edge generate` takes it.
         prompts: One a picture.
         calibration_prompts: Of other pictures, for contenders that calibrate activations.
+        calibration_steps: How many steps of those pictures' loops to calibrate by.
         steps: Sampler steps of the whole loop.
-        first_steps: How many steps of the loop run; None for all.
         guidance: Both branches run at every step.
         threads: Of each contender.
         embeddings: The .npz of `prompts` (N, 77, D), `calibration` (M, 77, D), `negative` (1, 77,
@@ -46,8 +46,8 @@ class Task:
     plan: str
     prompts: tuple[str, ...]
     calibration_prompts: tuple[str, ...]
+    calibration_steps: int
     steps: int
-    first_steps: int | None
     guidance: float
     threads: int
     embeddings: Path
@@ -88,11 +88,6 @@ class Task:
     def total(self) -> int:
         """Steps of the whole loop as the network counts them (PNDM: one more)."""
         return len(self.noise_scheduler.timesteps)
-
-    @property
-    def run_steps(self) -> int:
-        """Steps of the loop that run."""
-        return min(self.first_steps or self.total, self.total)
 
     def latents(self, picture: int) -> FloatArray:
         """Returns a picture's (1, 4, h, w) noise."""
@@ -140,8 +135,8 @@ class Contender(Protocol):
     def load(self, task: Task, work: Path) -> None:
         """Gets ready to run."""
 
-    def run(self, picture: int) -> LoopRun:
-        """Runs the loop of a picture."""
+    def run(self, picture: int, steps: int) -> LoopRun:
+        """Runs the first steps of a picture's loop, or all."""
 
     def modes(self) -> str | None:
         """Returns what the steps of the whole loop run; None if only running tells."""
@@ -150,17 +145,18 @@ class Contender(Protocol):
         """Returns the size of the files that the loop reads."""
 
 
-def guided_loop(task: Task, picture: int, denoiser: Denoiser) -> LoopRun:
-    """Runs the loop for a denoiser that takes both branches as one batch, as pipelines do."""
+def guided_loop(task: Task, picture: int, steps: int, denoiser: Denoiser) -> LoopRun:
+    """Runs the first steps of a picture's loop, for a denoiser that takes both branches as one
+    batch, as pipelines do."""
     scheduler, latents = task.noise_scheduler, task.latents(picture)
     embeddings = np.concatenate(task.branches(picture))
     history: tuple[Any, ...] = ()
     steps_ms = []
-    for step in range(task.run_steps):
+    for step in range(steps):
         start = perf_counter()
         pair = np.concatenate([scheduler.model_input(latents, step)] * 2)
         noise = denoiser(pair, scheduler.timesteps[step : step + 1], embeddings)
         guided = noise[:1] + np.float32(task.guidance) * (noise[1:] - noise[:1])
         latents, history = scheduler.advance(latents, guided, step, history)
         steps_ms.append((perf_counter() - start) * 1e3)
-    return LoopRun(latents, tuple(steps_ms), "F" * task.run_steps)
+    return LoopRun(latents, tuple(steps_ms), "F" * steps)

@@ -44,7 +44,7 @@ def example_inputs(task: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def calibration_inputs(task: Task) -> list[dict[str, FloatArray]]:
     """Returns inputs from all over the loops of the calibration prompts, 32 at the most."""
     task = task.calibration()
-    unet, samples = GuidedUNet(task), []
+    unet, samples = GuidedUNet(task), list[dict[str, FloatArray]]()
 
     def denoiser(*inputs: FloatArray) -> FloatArray:
         samples.append(dict(zip(INPUTS, (a.copy() for a in inputs), strict=True)))
@@ -53,6 +53,6 @@ def calibration_inputs(task: Task) -> list[dict[str, FloatArray]]:
         return noise
 
     for picture in range(len(task.prompts)):
-        guided_loop(task, picture, denoiser)
+        guided_loop(task, picture, task.calibration_steps, denoiser)
     kept = np.linspace(0, len(samples) - 1, min(_MOST_SAMPLES, len(samples))).round().astype(int)
     return [samples[i] for i in kept]

@@ -42,7 +42,7 @@ class CQEdge:
             table = self._table = self._bundle.reuse_table(NOISE_SCHEDULER, task.steps)
             self._schedule = choose_schedule(task.plan, task.total, lambda: table)
 
-    def run(self, picture: int) -> LoopRun:
+    def run(self, picture: int, steps: int) -> LoopRun:
         """Runs the project's own loop."""
         task, scheduler = self._task, self._task.noise_scheduler
         negative, prompt = task.branches(picture)
@@ -53,9 +53,9 @@ class CQEdge:
         ):
             latents = record.latents
             steps_ms.append(record.elapsed_ms)
-            if record.step + 1 == task.run_steps:
+            if record.step + 1 == steps:
                 break
-        return LoopRun(latents, tuple(steps_ms), self.modes()[: task.run_steps])
+        return LoopRun(latents, tuple(steps_ms), self.modes()[:steps])
 
     def modes(self) -> str:
         """Returns the cache schedule."""

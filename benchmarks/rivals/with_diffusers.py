@@ -29,7 +29,7 @@ class Diffusers:
         """Fills the compiler's cache."""
         if self._compiled:
             self.load(task, work)
-            self.run(0)
+            self.run(0, 1)
 
     def load(self, task: Task, work: Path) -> None:
         """Loads the UNet in channels-last layout; embeddings and latents come from the task."""
@@ -51,13 +51,14 @@ class Diffusers:
         if self._compiled:
             self._compile(work)
 
-    def run(self, picture: int) -> LoopRun:
-        """Calls the pipeline."""
+    def run(self, picture: int, steps: int) -> LoopRun:
+        """Calls the pipeline, and interrupts it where the loop is to be cut short."""
         import torch
 
         task, dtype = self._task, getattr(torch, self._dtype)
         negative, prompt = (torch.from_numpy(e).to(dtype) for e in task.branches(picture))
         self._modes: list[str] = []
+        self._last_step = steps - 1
         with torch.no_grad():
             latents = self._pipe(
                 prompt_embeds=prompt,
@@ -94,7 +95,7 @@ class Diffusers:
     def _step_ended(self, pipe: Any, step: int, _timestep: Any, kept: Any) -> Any:
         self._clock.append(perf_counter())
         self._modes.append(self._mode())
-        if step + 1 == self._task.run_steps:
+        if step == self._last_step:
             pipe._interrupt = True
         return kept
 

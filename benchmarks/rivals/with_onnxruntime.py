@@ -11,8 +11,8 @@ class OnnxRuntime:
 
     Args:
         weights: "float32", "dynamic" (quantize_dynamic's defaults: Linear layers and convolutions,
-            activations quantised as they come) or "static" (quantize_static: QDQ, 8-bit
-            activations calibrated, per channel).
+            activations quantised as they come), "dynamic_linear" (Linear layers alone) or "static"
+            (quantize_static: QDQ, 8-bit activations calibrated, per channel).
     """
 
     libraries = ("onnxruntime", "onnx")
@@ -28,7 +28,9 @@ class OnnxRuntime:
         (work / "model").mkdir()
         _export(task, exported if self._weights != "float32" else _path(work))
         if self._weights == "dynamic":
-            _quantise_dynamic(exported, _path(work))
+            _quantise_dynamic(exported, _path(work), None)
+        elif self._weights == "dynamic_linear":
+            _quantise_dynamic(exported, _path(work), ["MatMul", "Gemm"])
         elif self._weights == "static":
             _quantise_static(exported, _path(work), task)
 
@@ -45,9 +47,9 @@ class OnnxRuntime:
         )
         self._names = [given.name for given in self._session.get_inputs()]
 
-    def run(self, picture: int) -> LoopRun:
+    def run(self, picture: int, steps: int) -> LoopRun:
         """Runs the shared loop."""
-        return guided_loop(self._task, picture, self._denoise)
+        return guided_loop(self._task, picture, steps, self._denoise)
 
     def modes(self) -> str:
         """Returns that every step runs the whole UNet."""
@@ -83,11 +85,15 @@ def _export(task: Task, path: Path) -> None:
     )
 
 
-def _quantise_dynamic(exported: Path, path: Path) -> None:
+def _quantise_dynamic(exported: Path, path: Path, operators: list[str] | None) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
-        str(exported), str(path), weight_type=QuantType.QInt8, use_external_data_format=True
+        str(exported),
+        str(path),
+        op_types_to_quantize=operators,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=True,
     )
 
 
@@ -114,5 +120,4 @@ def _quantise_static(exported: Path, path: Path, task: Task) -> None:
         weight_type=QuantType.QInt8,
         per_channel=True,
         use_external_data_format=True,
-        extra_options={"CalibMaxIntermediateOutputs": 1},
     )

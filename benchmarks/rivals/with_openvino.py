@@ -46,9 +46,9 @@ class OpenVINO:
         core = openvino.Core()
         self._request: Any = core.compile_model(self._path, "CPU", settings).create_infer_request()
 
-    def run(self, picture: int) -> LoopRun:
+    def run(self, picture: int, steps: int) -> LoopRun:
         """Runs the shared loop."""
-        return guided_loop(self._task, picture, self._denoise)
+        return guided_loop(self._task, picture, steps, self._denoise)
 
     def modes(self) -> str:
         """Returns that every step runs the whole UNet."""

@@ -35,7 +35,9 @@ class StableDiffusionCpp:
         from stable_diffusion_cpp import StableDiffusion
 
         path, model = self._path(work), StableDiffusion()
-        converted = model.convert(str(task.pipeline), str(path), output_type=self._dtype)
+        converted = model.convert(
+            str(task.pipeline), output_path=str(path), output_type=self._dtype
+        )
         if not converted or not path.exists():
             raise RuntimeError("stable-diffusion.cpp could not convert the pipeline")
 
@@ -48,17 +50,18 @@ class StableDiffusionCpp:
             model_path=str(self._file), n_threads=task.threads, verbose=True
         )
 
-    def run(self, picture: int) -> LoopRun:
+    def run(self, picture: int, steps: int) -> LoopRun:
         """Makes a picture; of it, only the loop is timed."""
         side = self._task.unet_config["sample_size"] * _PX_PER_LATENT
         self._clock: list[float] = []
+        self._steps = steps
         self._model.generate_image(
             prompt=self._task.prompts[picture],
             width=side,
             height=side,
             cfg_scale=self._task.guidance,
             sample_method=_SAMPLER,
-            sample_steps=self._task.run_steps,
+            sample_steps=steps,
             seed=picture,
             cache_mode=self._cache,
             progress_callback=self._progress,
@@ -80,7 +83,7 @@ class StableDiffusionCpp:
     def _progress(self, step: int, steps: int, _mean_s: float) -> None:
         if step == 0:
             self._clock = []
-        if steps == self._task.run_steps:
+        if steps == self._steps:
             self._clock.append(perf_counter())
             self._peak_mib = peak_memory_mib()
 

@@ -1,7 +1,7 @@
 """The process of one contender: `prepare` ends when its files are written, `serve` runs loops.
 
-`serve` reads a picture's number a line from stdin and answers each, as it did once after loading,
-with a line of JSON on what was stdout when it started; what libraries print goes to stderr.
+`serve` reads a line of JSON a loop from stdin and answers each, as it did once after loading, with
+a line of JSON on what was stdout when it started; what libraries print goes to stderr.
 Between lines it sleeps. An answer with the key "failure" is the last.
 """
 
@@ -62,7 +62,7 @@ def _serve(contender: Contender, task: Task, work: Path, answers: TextIO) -> Non
     _answer(answers, ready)
     for line in sys.stdin:
         request = json.loads(line)
-        run = contender.run(request["picture"])
+        run = contender.run(request["picture"], request["steps"])
         if run.latents is not None:
             np.save(request["latents"], run.latents)
         found = {
