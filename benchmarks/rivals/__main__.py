@@ -88,9 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, default=DEMO_MODEL, help="a diffusers folder (default: the demo's)")
     add("--bundle", type=_folder, default=_BUNDLES / "bundle", help="its int8 bundle, or none")
     add("--float32", type=_folder, default=_BUNDLES / "float32", help="its float32 one, or none")
-    add("--plan", help="as of `cq-edge generate` (default: for --speedup)")
-    add("--speedup", type=float, default=5.18, metavar="X", help="of the planned loop over that of "
-        "the float32 bundle, every step full (default: %(default)s)")  # fmt: skip
+    add("--plan", help="of both bundles, as of `cq-edge generate` (default: for the speed-ups)")
+    add("--speedup", type=float, default=5.18, metavar="X", help="of the int8 bundle's planned "
+        "loop over the float32 one's, every step full (default: %(default)s)")  # fmt: skip
+    add("--float32-speedup", type=float, default=1.6, metavar="X", help="of the float32 bundle's, "
+        "likewise (default: %(default)s)")  # fmt: skip
     add("--steps", type=int, default=50, help="of PNDM (default: %(default)s)")
     add("--first-steps", type=int, metavar="N", help="cut loops short after so many")
     add("--guidance", type=float, default=3.5, help="(default: %(default)s)")
@@ -129,14 +131,17 @@ def _task(args: argparse.Namespace) -> Task:
     others = tuple(scene.caption() for scene in islice(world, _CALIBRATION_PROMPTS))
     embeddings = args.work / "embeddings.npz"
     _embed(args.model, prompts, others, embeddings)
-    plan = args.plan or "full"
+    plan = float32_plan = args.plan or "full"
     if args.plan is None and None not in (args.float32, args.bundle):
-        plan = plan_for_speedup(args.float32, args.bundle, args.speedup, args.steps, args.threads)
+        side = (args.steps, args.threads)
+        plan = plan_for_speedup(args.float32, args.bundle, args.speedup, *side)
+        float32_plan = plan_for_speedup(args.float32, args.float32, args.float32_speedup, *side)
     return Task(
         pipeline=args.model,
         float32=args.float32,
         bundle=args.bundle,
         plan=plan,
+        float32_plan=float32_plan,
         prompts=prompts,
         calibration_prompts=others,
         calibration_steps=args.first_steps or args.steps,
@@ -204,6 +209,7 @@ def _conditions(
         "steps_run": steps,
         "guidance": task.guidance,
         "plan": task.plan,
+        "float32_plan": task.float32_plan,
         "rounds": args.rounds,
         "kept_loaded": not args.one_at_a_time,
         "prompts": asdict(task)["prompts"],

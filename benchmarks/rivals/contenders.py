@@ -39,6 +39,7 @@ CONTENDERS: Mapping[str, tuple[str, str, tuple[Any, ...]]] = {
         ("q8_0", "spectrum"),
     ),
     "cq-edge float32, every step full": ("with_cq_edge", "CQEdge", (False,)),
+    "cq-edge float32, planned": ("with_cq_edge", "CQEdge", (False, True)),
     "cq-edge int8, every step full": ("with_cq_edge", "CQEdge", (True,)),
     "cq-edge int8, planned": ("with_cq_edge", "CQEdge", (True, True)),
 }

@@ -14,7 +14,8 @@ def plan_for_speedup(float32: Path, bundle: Path, speedup: float, steps: int, th
     """Returns the modes of the plan of least predicted error that is so many times as fast as the
     float32 bundle with every step full; of the fastest plan if none is."""
     bundles = [open_bundle(folder) for folder in (float32, bundle)]
-    engines = [engine_for(side, threads) for side in bundles]  # both before either loads a graph
+    # both before either loads a graph: graphs keep the thread pool they were loaded with
+    engines = [engine_for(side, threads) for side in bundles]
     slow, fast = (measure_graphs(e, b, rounds=10) for e, b in zip(engines, bundles, strict=True))
     table = bundles[1].reuse_table(NOISE_SCHEDULER, steps)
     budget_ms = slow.loop_ms(CacheSchedule.all_full(len(table.timesteps)), 2) / speedup

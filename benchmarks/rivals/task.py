@@ -29,7 +29,8 @@ class Task:
         pipeline: The diffusers folder whose UNet runs.
         float32: The bundle of it that is not quantised; None where there is none.
         bundle: The bundle of it that is.
-        plan: Of the bundle's planned rows, as `--plan` of `cq-edge generate` takes it.
+        plan: Of the bundle's planned row, as `--plan` of `cq-edge generate` takes it.
+        float32_plan: Of the float32 bundle's, likewise.
         prompts: One a picture.
         calibration_prompts: Of other pictures, for contenders that calibrate activations.
         calibration_steps: How many steps of those pictures' loops to calibrate by.
@@ -44,6 +45,7 @@ class Task:
     float32: Path | None
     bundle: Path | None
     plan: str
+    float32_plan: str
     prompts: tuple[str, ...]
     calibration_prompts: tuple[str, ...]
     calibration_steps: int

@@ -17,7 +17,7 @@ class CQEdge:
 
     Args:
         quantised: Whether it is the int8 bundle or the float32 one.
-        planned: Whether it runs by the task's plan, or every step full.
+        planned: Whether it runs by the task's plan for it, or every step full.
     """
 
     libraries = ("executorch",)
@@ -40,7 +40,8 @@ class CQEdge:
         self._schedule = CacheSchedule.all_full(task.total)
         if self._planned:
             table = self._table = self._bundle.reuse_table(NOISE_SCHEDULER, task.steps)
-            self._schedule = choose_schedule(task.plan, task.total, lambda: table)
+            plan = task.plan if self._quantised else task.float32_plan
+            self._schedule = choose_schedule(plan, task.total, lambda: table)
 
     def run(self, picture: int, steps: int) -> LoopRun:
         """Runs the project's own loop."""

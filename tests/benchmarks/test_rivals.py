@@ -35,6 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         float32=None,
         bundle=None,
         plan="full",
+        float32_plan="full",
         prompts=("a", "b"),
         calibration_prompts=("c", "d"),
         calibration_steps=4,
