@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := out/demo
 EVALUATE := out/evaluate
+RIVALS := out/rivals
 ALSO := --also dpmsolver++:12 --also dpmsolver++:16 --also dpmsolver++:20
 # two workers of one thread each: more threads than cores wait for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo figures evaluate test test-all lint train-demo-model clean
+.PHONY: help setup demo figures evaluate rivals test test-all lint train-demo-model clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -50,6 +51,13 @@ evaluate: setup ## compare smaller bundles with float32 and rank plans (out/eval
 		--speedup 8 --captions 64 --frontier-captions 0 --json docs/evaluation_8x_6x.json --force
 	$(BIN)/python -m benchmarks.plan_ranking $(EVALUATE)/bundle --reference $(EVALUATE)/float32 \
 		--captions 12 --threads 1
+
+rivals: ## compare the bundles of `make evaluate` with what else runs such models (docs/benchmarks.md)
+	$(PYTHON) -m venv $(RIVALS)/venv
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON" $(RIVALS)/venv/bin/python -m pip install \
+		--quiet --constraint constraints.txt --editable . -r benchmarks/rivals-requirements.txt
+	rm -rf $(RIVALS)/demo
+	$(RIVALS)/venv/bin/python -m benchmarks.rivals --work $(RIVALS)/demo
 
 train-demo-model: setup ## train, package and judge the demo model (hours on a CPU)
 	$(BIN)/python -m tools.train_demo_model
