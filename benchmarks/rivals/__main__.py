@@ -13,7 +13,8 @@ cannot be installed, converted or run is a row with its reason.
 For a model of Stable Diffusion's size, cut the loops short and load one at a time:
 
     python -m benchmarks.rivals --name sd15 --model sd15 --bundle sd15-int8 --float32 none
-        --plan uniform:5 --first-steps 3 --rounds 2 --one-at-a-time --work out/rivals_sd15
+        --noise-scheduler ddim --steps 4 --first-steps 3 --whole-steps 50 --plan uniform:5
+        --rounds 2 --one-at-a-time --work out/rivals_sd15
 """
 
 import argparse
@@ -62,13 +63,12 @@ def main() -> None:
     results = prepare_all(place, names)
     if args.prepare_only:
         return
-    busy, steps = BusyCores(), args.first_steps or task.total
+    busy, steps = BusyCores(), args.first_steps or len(task.timesteps)
     take_turns(place, results, args.rounds, steps, keep=not args.one_at_a_time)
     conditions = _conditions(args, task, steps, busy.others())
-    scorer = args.scorer if steps == task.total else None
-    qualities = _qualities(results, task, steps == task.total, scorer)
-    table = rows(results, qualities, task.total)
-    report = {"conditions": conditions, "rows": table}
+    total = len(task.whole_timesteps)
+    qualities = _qualities(results, task, args.scorer, whole=steps == total)
+    report = {"conditions": conditions, "rows": rows(results, qualities, total)}
     text = markdown(report)
     args.docs.mkdir(parents=True, exist_ok=True)
     path = args.docs / f"rivals_{args.name}.json"
@@ -93,8 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         "loop over the float32 one's, every step full (default: %(default)s)")  # fmt: skip
     add("--float32-speedup", type=float, default=1.6, metavar="X", help="of the float32 bundle's, "
         "likewise (default: %(default)s)")  # fmt: skip
-    add("--steps", type=int, default=50, help="of PNDM (default: %(default)s)")
-    add("--first-steps", type=int, metavar="N", help="cut loops short after so many")
+    add("--noise-scheduler", choices=["pndm", "ddim"], default="pndm", help="(default: "
+        "%(default)s)")  # fmt: skip
+    add("--steps", type=int, default=50, help="of the noise scheduler (default: %(default)s)")
+    add("--first-steps", type=int, metavar="N", help="run so many and predict the loop from them")
+    add("--whole-steps", type=int, metavar="N", help="predict a loop of so many steps")
     add("--guidance", type=float, default=3.5, help="(default: %(default)s)")
     add("--rounds", type=int, default=10, help="loops of each (default: %(default)s)")
     add("--threads", type=int, default=1, help="of each (default: %(default)s)")
@@ -130,10 +133,10 @@ def _task(args: argparse.Namespace) -> Task:
     prompts = tuple(scene.caption() for scene in islice(world, args.rounds))
     others = tuple(scene.caption() for scene in islice(world, _CALIBRATION_PROMPTS))
     embeddings = args.work / "embeddings.npz"
-    _embed(args.model, prompts, others, embeddings)
+    _embed(args.model, (*prompts, *others), embeddings)
     plan = float32_plan = args.plan or "full"
     if args.plan is None and None not in (args.float32, args.bundle):
-        side = (args.steps, args.threads)
+        side = (args.noise_scheduler, args.steps, args.threads)
         plan = plan_for_speedup(args.float32, args.bundle, args.speedup, *side)
         float32_plan = plan_for_speedup(args.float32, args.float32, args.float32_speedup, *side)
     return Task(
@@ -145,15 +148,17 @@ def _task(args: argparse.Namespace) -> Task:
         prompts=prompts,
         calibration_prompts=others,
         calibration_steps=args.first_steps or args.steps,
+        noise_scheduler=args.noise_scheduler,
         steps=args.steps,
+        whole_steps=args.whole_steps or args.steps,
         guidance=args.guidance,
         threads=args.threads,
         embeddings=embeddings,
     )
 
 
-def _embed(model: Path, prompts: Sequence[str], others: Sequence[str], path: Path) -> None:
-    """Writes the embeddings of the prompts, of those for calibration and of the empty one."""
+def _embed(model: Path, prompts: Sequence[str], path: Path) -> None:
+    """Writes the embeddings of the prompts and of the empty one."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(str(model / "tokenizer"))
@@ -167,17 +172,17 @@ def _embed(model: Path, prompts: Sequence[str], others: Sequence[str], path: Pat
             found: FloatArray = encoder(ids).last_hidden_state.numpy()
         return found
 
-    np.savez(path, prompts=embed(prompts), calibration=embed(others), negative=embed([""]))
+    np.savez(path, prompts=embed(prompts), negative=embed([""]))
 
 
 def _qualities(
-    results: Sequence[Result], task: Task, whole: bool, scorer_folder: Path | None
+    results: Sequence[Result], task: Task, scorer_folder: Path | None, *, whole: bool
 ) -> dict[str, Quality]:
     """Returns how close each is to the reference; pictures are looked at if loops were whole."""
     reference = next(r for r in results if r.name == REFERENCE)
     if reference.failure is not None:
         return {}
-    scorer = None if scorer_folder is None else Scorer.load(scorer_folder)
+    scorer = Scorer.load(scorer_folder) if whole and scorer_folder is not None else None
     decoder = Decoder(task.pipeline / "vae") if whole else None
     expected = None if decoder is None else decoder.pictures(reference.latents)
     found = {}
@@ -204,8 +209,9 @@ def _conditions(
         "other_cores_busy": other_cores,
         "model": f"{args.name} model",
         "latents": shape,
-        "steps": task.steps,
-        "steps_of_loop": task.total,
+        "noise_scheduler": task.noise_scheduler,
+        "steps": task.whole_steps,
+        "steps_of_loop": len(task.whole_timesteps),
         "steps_run": steps,
         "guidance": task.guidance,
         "plan": task.plan,

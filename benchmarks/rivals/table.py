@@ -51,7 +51,7 @@ def _row(
     loops, predicted = _loops_ms(result, total), len(result.modes) < total
     if loops is not None:
         found |= {"loop_ms": _spread(loops), "loop_is_predicted": predicted}
-        found["loop_modes"] = dict(Counter(result.ready["modes"] or result.modes))
+        found["loop_modes"] = dict(Counter(result.ready["modes"] if predicted else result.modes))
         against = None if reference is None else _loops_ms(reference, total)
         if against is not None:
             found["speedup"] = _spread([a / b for a, b in zip(against, loops, strict=True)])
@@ -111,7 +111,8 @@ def _loop(row: Mapping[str, Any]) -> str:
         return _NONE
     text = _figure(row["loop_ms"], 0)
     if len(row["loop_modes"]) > 1:
-        text += f", {row['loop_modes'].get('F', 0)} steps full"
+        full = sum(row["loop_modes"].get(mode, 0) for mode in "Ff")
+        text += f", {full} steps full"
     return f"{text}, predicted" if row["loop_is_predicted"] else text
 
 
@@ -139,15 +140,16 @@ def _conditions(conditions: Mapping[str, Any], alive: Sequence[Mapping[str, Any]
     cut = ""
     if conditions["steps_run"] < conditions["steps_of_loop"]:
         cut = (
-            f" Only the first {conditions['steps_run']} steps of a loop ran: whole loops are "
-            "predicted from the medians of their steps, where those tell."
+            f" Only {conditions['steps_run']} steps ran: whole loops are predicted from the "
+            "medians of a full and of a shallow step, where those tell."
         )
     kept = conditions["kept_loaded"]
     loading = "" if kept else ", loaded anew for each turn"
     warm_up = "one to warm up" if kept else "a step to warm up"
     return (
         f"Conditions: {conditions['processor']}, threads: {conditions['threads']}, "
-        f"{conditions['model']}, {conditions['latents']} latents, PNDM, {conditions['steps']} "
+        f"{conditions['model']}, {conditions['latents']} latents, "
+        f"{conditions['noise_scheduler'].upper()}, {conditions['steps']} "
         f"steps (the UNet is asked {conditions['steps_of_loop']} times), guidance "
         f"{conditions['guidance']:g} (two branches a step), {conditions['rounds']} loops of each "
         f"after {warm_up}, in turns, a process each{loading}; figures are medians "

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from cq_edge.noise_scheduler import NoiseScheduleConfig, NoiseScheduler, make_noise_scheduler
 from runtime.generate import initial_latents
-
-NOISE_SCHEDULER = "pndm"
 
 FloatArray = NDArray[np.float32]
 Denoiser = Callable[[FloatArray, FloatArray, FloatArray], FloatArray]
@@ -32,13 +30,15 @@ class Task:
         plan: Of the bundle's planned row, as `--plan` of `cq-edge generate` takes it.
         float32_plan: Of the float32 bundle's, likewise.
         prompts: One a picture.
-        calibration_prompts: Of other pictures, for contenders that calibrate activations.
+        calibration_prompts: Of the pictures after those, for contenders that calibrate activations.
         calibration_steps: How many steps of those pictures' loops to calibrate by.
-        steps: Sampler steps of the whole loop.
+        noise_scheduler: Its name, "pndm" or "ddim".
+        steps: Sampler steps of the loop.
+        whole_steps: Of the loop that is meant, where a shorter one stands for it.
         guidance: Both branches run at every step.
         threads: Of each contender.
-        embeddings: The .npz of `prompts` (N, 77, D), `calibration` (M, 77, D), `negative` (1, 77,
-            D), all float32.
+        embeddings: The .npz of `prompts` (N + M, 77, D), those for calibration last, and `negative`
+            (1, 77, D), both float32.
     """
 
     pipeline: Path
@@ -49,7 +49,9 @@ class Task:
     prompts: tuple[str, ...]
     calibration_prompts: tuple[str, ...]
     calibration_steps: int
+    noise_scheduler: str
     steps: int
+    whole_steps: int
     guidance: float
     threads: int
     embeddings: Path
@@ -68,9 +70,10 @@ class Task:
         """Writes it as JSON."""
         path.write_text(json.dumps(asdict(self), default=str, indent=2), encoding="utf-8")
 
-    def calibration(self) -> "Task":
-        """Returns the task of the calibration's pictures."""
-        return replace(self, prompts=self.calibration_prompts)
+    @property
+    def calibration_pictures(self) -> range:
+        """The numbers of the pictures to calibrate by."""
+        return range(len(self.prompts), len(self.prompts) + len(self.calibration_prompts))
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:
@@ -79,17 +82,21 @@ class Task:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
 
-    @cached_property
-    def noise_scheduler(self) -> NoiseScheduler:
-        """Of the whole loop."""
+    def make_noise_scheduler(self, steps: int | None = None) -> NoiseScheduler:
+        """Returns the noise scheduler of the loop, or of one of other steps."""
         path = self.pipeline / "scheduler" / "scheduler_config.json"
         config = NoiseScheduleConfig.from_diffusers(json.loads(path.read_text(encoding="utf-8")))
-        return make_noise_scheduler(NOISE_SCHEDULER, self.steps, config)
+        return make_noise_scheduler(self.noise_scheduler, steps or self.steps, config)
 
-    @property
-    def total(self) -> int:
-        """Steps of the whole loop as the network counts them (PNDM: one more)."""
-        return len(self.noise_scheduler.timesteps)
+    @cached_property
+    def timesteps(self) -> tuple[float, ...]:
+        """What the UNet is told at each step of the loop; with PNDM they are one more."""
+        return tuple(self.make_noise_scheduler().timesteps.tolist())
+
+    @cached_property
+    def whole_timesteps(self) -> tuple[float, ...]:
+        """The same of the loop that is meant."""
+        return tuple(self.make_noise_scheduler(self.whole_steps).timesteps.tolist())
 
     def latents(self, picture: int) -> FloatArray:
         """Returns a picture's (1, 4, h, w) noise."""
@@ -99,8 +106,7 @@ class Task:
     def branches(self, picture: int) -> tuple[FloatArray, FloatArray]:
         """Returns the (1, 77, D) embeddings of the empty prompt and of a picture's."""
         with np.load(self.embeddings) as arrays:
-            known = "prompts" if len(arrays["prompts"]) == len(self.prompts) else "calibration"
-            return arrays["negative"], arrays[known][picture : picture + 1]
+            return arrays["negative"], arrays["prompts"][picture : picture + 1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,7 +147,7 @@ class Contender(Protocol):
         """Runs the first steps of a picture's loop, or all."""
 
     def modes(self) -> str | None:
-        """Returns what the steps of the whole loop run; None if only running tells."""
+        """Returns what the steps of the loop that is meant run; None if only running tells."""
 
     def disk_bytes(self) -> int:
         """Returns the size of the files that the loop reads."""
@@ -150,7 +156,7 @@ class Contender(Protocol):
 def guided_loop(task: Task, picture: int, steps: int, denoiser: Denoiser) -> LoopRun:
     """Runs the first steps of a picture's loop, for a denoiser that takes both branches as one
     batch, as pipelines do."""
-    scheduler, latents = task.noise_scheduler, task.latents(picture)
+    scheduler, latents = task.make_noise_scheduler(), task.latents(picture)
     embeddings = np.concatenate(task.branches(picture))
     history: tuple[Any, ...] = ()
     steps_ms = []

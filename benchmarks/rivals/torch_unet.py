@@ -33,7 +33,7 @@ class GuidedUNet(torch.nn.Module):
 def example_inputs(task: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the inputs of the first picture's first step."""
     latents = np.concatenate([task.latents(0)] * 2)
-    timestep = task.noise_scheduler.timesteps[:1]
+    timestep = np.array(task.timesteps[:1], np.float32)
     return (
         torch.from_numpy(latents),
         torch.from_numpy(timestep),
@@ -43,7 +43,6 @@ def example_inputs(task: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 def calibration_inputs(task: Task) -> list[dict[str, FloatArray]]:
     """Returns inputs from all over the loops of the calibration prompts, 32 at the most."""
-    task = task.calibration()
     unet, samples = GuidedUNet(task), list[dict[str, FloatArray]]()
 
     def denoiser(*inputs: FloatArray) -> FloatArray:
@@ -52,7 +51,7 @@ def calibration_inputs(task: Task) -> list[dict[str, FloatArray]]:
             noise: FloatArray = unet(*(torch.from_numpy(a) for a in inputs)).numpy()
         return noise
 
-    for picture in range(len(task.prompts)):
+    for picture in task.calibration_pictures:
         guided_loop(task, picture, task.calibration_steps, denoiser)
     kept = np.linspace(0, len(samples) - 1, min(_MOST_SAMPLES, len(samples))).round().astype(int)
     return [samples[i] for i in kept]

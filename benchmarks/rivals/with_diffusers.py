@@ -9,6 +9,8 @@ import numpy as np
 
 from benchmarks.rivals.task import LoopRun, Task
 
+_NOISE_SCHEDULERS = {"pndm": "PNDMScheduler", "ddim": "DDIMScheduler"}
+
 
 class Diffusers:
     """`StableDiffusionPipeline` on torch.
@@ -33,19 +35,20 @@ class Diffusers:
 
     def load(self, task: Task, work: Path) -> None:
         """Loads the UNet in channels-last layout; embeddings and latents come from the task."""
+        import diffusers
         import torch
-        from diffusers import PNDMScheduler, StableDiffusionPipeline
 
         self._task = task
         parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "feature_extractor"))
-        self._pipe: Any = StableDiffusionPipeline.from_pretrained(
+        self._pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(
             str(task.pipeline),
             torch_dtype=getattr(torch, self._dtype),
             safety_checker=None,
             requires_safety_checker=False,
             **parts,
         )
-        self._pipe.scheduler = PNDMScheduler.from_config(self._pipe.scheduler.config)
+        scheduler = getattr(diffusers, _NOISE_SCHEDULERS[task.noise_scheduler])
+        self._pipe.scheduler = scheduler.from_config(self._pipe.scheduler.config)
         self._pipe.unet.eval().to(memory_format=torch.channels_last)
         self._watch()
         if self._compiled:
@@ -75,7 +78,7 @@ class Diffusers:
 
     def modes(self) -> str:
         """Returns that every step runs the whole UNet."""
-        return "F" * self._task.total
+        return "F" * len(self._task.whole_timesteps)
 
     def disk_bytes(self) -> int:
         """Returns the size of the UNet's file as it ships."""
@@ -146,7 +149,7 @@ class DeepCache(Diffusers):
 
     def modes(self) -> str:
         """Returns DeepCache's modes: it counts a step by where its timestep first stands."""
-        timesteps = self._task.noise_scheduler.timesteps.tolist()
+        timesteps = self._task.whole_timesteps
         return "".join("FS"[timesteps.index(t) % self._interval != 0] for t in timesteps)
 
     def _mode(self) -> str:

@@ -52,7 +52,7 @@ class OpenVINO:
 
     def modes(self) -> str:
         """Returns that every step runs the whole UNet."""
-        return "F" * self._task.total
+        return "F" * len(self._task.whole_timesteps)
 
     def disk_bytes(self) -> int:
         """Returns the size of the model's two files."""

@@ -8,7 +8,8 @@ from typing import Any
 from benchmarks.rivals.task import LoopRun, Task
 from runtime.peak_memory import peak_memory_mib
 
-_SAMPLER = "ipndm"  # the nearest it has to PNDM
+# the nearest it has; DDIM without noise is Euler's method in sigma
+_SAMPLERS = {"pndm": "ipndm", "ddim": "euler"}
 _PX_PER_LATENT = 8
 
 
@@ -60,7 +61,7 @@ class StableDiffusionCpp:
             width=side,
             height=side,
             cfg_scale=self._task.guidance,
-            sample_method=_SAMPLER,
+            sample_method=_SAMPLERS[self._task.noise_scheduler],
             sample_steps=steps,
             seed=picture,
             cache_mode=self._cache,
@@ -71,7 +72,7 @@ class StableDiffusionCpp:
 
     def modes(self) -> str | None:
         """Returns that every step runs the whole UNet; its caches decide as they go."""
-        return "F" * self._task.total if self._cache == "disabled" else None
+        return "F" * len(self._task.whole_timesteps) if self._cache == "disabled" else None
 
     def disk_bytes(self) -> int:
         """Returns the size of the GGUF file, text encoder and decoder included."""
