@@ -69,7 +69,7 @@ def prepare(place: Place, name: str, files: str) -> None:
         process.communicate()
         raise ContenderFailedError(_too_slow(place)) from None
     if process.returncode != 0:
-        raise ContenderFailedError(_failure(out, process, place.log(name)))
+        raise ContenderFailedError(_failure(out, process, place, name))
 
 
 class Worker:
@@ -83,7 +83,7 @@ class Worker:
     """
 
     def __init__(self, place: Place, name: str, files: str) -> None:
-        self._place, self._log = place, place.log(name)
+        self._place, self._name = place, name
         self._process = place.start("serve", name, files)
         self.ready = self._read()
 
@@ -106,7 +106,9 @@ class Worker:
             stdin.flush()
         except BrokenPipeError:
             self._process.wait()
-            raise ContenderFailedError(_failure("", self._process, self._log)) from None
+            raise ContenderFailedError(
+                _failure("", self._process, self._place, self._name)
+            ) from None
         return self._read()
 
     def end(self) -> None:
@@ -124,7 +126,7 @@ class Worker:
         answer: dict[str, Any] = json.loads(line) if line else {}
         if not line or "failure" in answer:
             self._process.wait()
-            raise ContenderFailedError(_failure(line, self._process, self._log))
+            raise ContenderFailedError(_failure(line, self._process, self._place, self._name))
         return answer
 
 
@@ -132,11 +134,13 @@ def _too_slow(place: Place) -> str:
     return f"took longer than {place.at_most_s:.0f} s"
 
 
-def _failure(answer: str, process: "subprocess.Popen[str]", log: Path) -> str:
-    """Returns what a process said of its failure, or how it ended with its last line printed."""
+def _failure(answer: str, process: "subprocess.Popen[str]", place: Place, name: str) -> str:
+    """Returns what a process said of its failure, or how it ended with its last line printed; of
+    paths in the work folder, the end."""
     if answer.strip():
         said: str = json.loads(answer.strip().splitlines()[-1])["failure"]
-        return said
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    last = f"; its last line: {lines[-1].strip()}" if lines else ""
-    return f"the process ended with exit code {process.returncode}{last}"
+    else:
+        lines = [x for x in place.log(name).read_text(errors="replace").splitlines() if x.strip()]
+        last = f"; its last line: {lines[-1].strip()}" if lines else ""
+        said = f"the process ended with exit code {process.returncode}{last}"
+    return said.replace(f"{place.work}{os.sep}", "")

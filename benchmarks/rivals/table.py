@@ -85,9 +85,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     alive = [row for row in report["rows"] if "failure" not in row]
     failed = [row for row in report["rows"] if "failure" in row]
     lines = [*_HEAD, *(_line(row) for row in alive)]
-    lines += [f"| {row['name']} | failed: {row['failure']} |{' |' * 7}" for row in failed]
+    lines += [f"| {row['name']} | failed: {_cell(row['failure'])} |{' |' * 7}" for row in failed]
     lines += ["", _conditions(report["conditions"], alive)]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _line(row: Mapping[str, Any]) -> str:
