@@ -2,7 +2,6 @@
 
 import json
 import os
-import select
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -105,29 +104,12 @@ class Worker:
             stdin.write(json.dumps(request) + "\n")
             stdin.flush()
         except BrokenPipeError:
-            self._process.wait()
-            raise ContenderFailedError(
-                _failure("", self._process, self._place, self._name)
-            ) from None
-        return self._read()
-
-    def end(self) -> None:
-        """Ends the process."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _read(self) -> dict[str, Any]:
-        stdout = self._process.stdout
-        assert stdout is not None  # it is a pipe
-        if not select.select([stdout], [], [], self._place.at_most_s)[0]:
-            self.end()
-            raise ContenderFailedError(_too_slow(self._place))
-        line = stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {}
-        if not line or "failure" in answer:
-            self._process.wait()
-            raise ContenderFailedError(_failure(line, self._process, self._place, self._name))
+            raise self._failed(line)
         return answer
+
+    def _failed(self, answer: str) -> ContenderFailedError:
+        self._process.wait()
+        return ContenderFailedError(_failure(answer, self._process, self._place, self._name))
 
 
 def _too_slow(place: Place) -> str:
