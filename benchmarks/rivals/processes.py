@@ -104,6 +104,23 @@ class Worker:
             stdin.write(json.dumps(request) + "\n")
             stdin.flush()
         except BrokenPipeError:
+            raise self._failed("") from None
+        return self._read()
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _read(self) -> dict[str, Any]:
+        stdout = self._process.stdout
+        assert stdout is not None  # it is a pipe
+        if not select.select([stdout], [], [], self._place.at_most_s)[0]:
+            self.end()
+            raise ContenderFailedError(_too_slow(self._place))
+        line = stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {}
+        if not line or "failure" in answer:
             raise self._failed(line)
         return answer
 
