@@ -103,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, help="of each (default: %(default)s)")
     add("--cores", type=int, nargs="+", metavar="C", help="to run on (default: all)")
     add("--scorer", type=_folder, default=DEMO_SCORER, help="a CLIP model, or none")
-    add("--only", nargs="+", metavar="NAME", help="contenders whose names begin with one of these")
+    add("--only", nargs="+", metavar="NAME", help="contenders of these names, or whose "
+        "names begin so")  # fmt: skip
     add("--one-at-a-time", action="store_true", help="never have two models in memory")
     add("--prepare-only", action="store_true", help="convert the models and stop")
     add("--prepared", action="store_true", help="keep what --work holds of an earlier run")
@@ -119,13 +120,15 @@ def _folder(text: str) -> Path | None:
     return None if text == "none" else Path(text)
 
 
-def _chosen(beginnings: Sequence[str] | None) -> list[str]:
-    """Returns the contenders whose names begin so, and the reference."""
-    wanted = tuple(beginnings or [""])
-    unknown = [w for w in wanted if not any(name.startswith(w) for name in CONTENDERS)]
-    if unknown:
-        raise UsageError(f"no contender's name begins with {unknown[0]!r}: {', '.join(CONTENDERS)}")
-    return [name for name in CONTENDERS if name.startswith(wanted) or name == REFERENCE]
+def _chosen(wanted: Sequence[str] | None) -> list[str]:
+    """Returns the contenders of these names, or whose names begin so, and the reference."""
+    found = {REFERENCE}
+    for text in wanted or [""]:
+        matching = {text} if text in CONTENDERS else {n for n in CONTENDERS if n.startswith(text)}
+        if not matching:
+            raise UsageError(f"no contender's name begins with {text!r}: {'; '.join(CONTENDERS)}")
+        found |= matching
+    return [name for name in CONTENDERS if name in found]
 
 
 def _task(args: argparse.Namespace) -> Task:

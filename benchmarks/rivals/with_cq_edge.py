@@ -1,5 +1,6 @@
 """The project itself: a bundle, by a plan."""
 
+import json
 from pathlib import Path
 
 from apps.engines import engine_for
@@ -10,6 +11,8 @@ from cq_edge.errors import UsageError
 from cq_edge.reuse_table import ReuseTable
 from runtime.bundle import open_bundle
 from runtime.denoise import Guidance, denoise
+
+_SIZES = "unet_bytes.json"
 
 
 class CQEdge:
@@ -27,10 +30,20 @@ class CQEdge:
         self._quantised, self._planned = quantised, planned
 
     def prepare(self, task: Task, work: Path) -> None:
-        """Does nothing: bundles are built by `cq-edge build`."""
+        """Notes what the UNet takes of the bundles' graphs; `cq-edge build` has made those."""
+        from exporters.method_bytes import method_bytes, together
 
-    def load(self, task: Task, work: Path) -> None:  # noqa: ARG002 - the protocol's
+        sizes = {}
+        for name, folder in (("float32", task.float32), ("int8", task.bundle)):
+            if folder is not None:
+                methods = method_bytes(folder / "graphs.pte")
+                found = together(methods[graph] for graph in ("denoise", "denoise_shallow"))
+                sizes[name] = found.total_bytes
+        (work / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+
+    def load(self, task: Task, work: Path) -> None:
         """Opens the bundle and chooses the cache schedule."""
+        self._sizes: dict[str, int] = json.loads((work / _SIZES).read_text(encoding="utf-8"))
         folder = task.bundle if self._quantised else task.float32
         if folder is None:
             raise UsageError("no such bundle was given")
@@ -61,15 +74,14 @@ class CQEdge:
         return self._choose(len(self._task.whole_timesteps)).to_string()
 
     def disk_bytes(self) -> int:
-        """Returns the size of the graphs (of the text encoder and the decoder too) and, with a
-        plan, of the reuse table."""
-        files = self._bundle.manifest.files
-        names = list(self._bundle.graph_files())
-        if self._planned:
-            own = (self._task.noise_scheduler, self._task.steps)
-            tables = self._bundle.manifest.reuse_tables
-            names += [t.file for t in tables if (t.noise_scheduler, t.steps) == own]
-        return sum(files[name].bytes for name in names)
+        """Returns the size of the full and the shallow graph, shared weights once, and with a plan
+        of the reuse table."""
+        size = self._sizes["int8" if self._quantised else "float32"]
+        own = (self._task.noise_scheduler, self._task.steps)
+        for table in self._bundle.manifest.reuse_tables:
+            if self._planned and (table.noise_scheduler, table.steps) == own:
+                size += self._bundle.manifest.files[table.file].bytes
+        return size
 
     def _choose(self, total: int) -> CacheSchedule:
         """Returns the cache schedule of a loop of so many steps."""

@@ -116,6 +116,7 @@ def _quantise_static(exported: Path, path: Path, task: Task) -> None:
         str(ready),
         str(path),
         Reader(),
+        op_types_to_quantize=["Conv", "MatMul", "Gemm"],
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         per_channel=True,
