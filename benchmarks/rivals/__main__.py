@@ -45,7 +45,6 @@ from cq_edge.scenes import scenes
 from runtime.conditions import processor
 
 _SCENES_SEED = 50_000_001
-_CALIBRATION_PROMPTS = 2
 _BUNDLES = Path("out/evaluate")
 
 
@@ -99,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--first-steps", type=int, metavar="N", help="run so many and predict the loop from them")
     add("--whole-steps", type=int, metavar="N", help="predict a loop of so many steps")
     add("--guidance", type=float, default=3.5, help="(default: %(default)s)")
+    add("--calibration-captions", type=int, default=6, metavar="N", help="whose loops the rivals "
+        "calibrate 8-bit activations by (default: %(default)s)")  # fmt: skip
     add("--rounds", type=int, default=10, help="loops of each (default: %(default)s)")
     add("--threads", type=int, default=1, help="of each (default: %(default)s)")
     add("--cores", type=int, nargs="+", metavar="C", help="to run on (default: all)")
@@ -134,7 +135,7 @@ def _chosen(wanted: Sequence[str] | None) -> list[str]:
 def _task(args: argparse.Namespace) -> Task:
     world = scenes(_SCENES_SEED, held_out=True)
     prompts = tuple(scene.caption() for scene in islice(world, args.rounds))
-    others = tuple(scene.caption() for scene in islice(world, _CALIBRATION_PROMPTS))
+    others = tuple(scene.caption() for scene in islice(world, args.calibration_captions))
     embeddings = args.work / "embeddings.npz"
     _embed(args.model, (*prompts, *others), embeddings)
     plan = float32_plan = args.plan or "full"
@@ -220,6 +221,7 @@ def _conditions(
         "plan": task.plan,
         "float32_plan": task.float32_plan,
         "rounds": args.rounds,
+        "calibration_captions": args.calibration_captions,
         "kept_loaded": not args.one_at_a_time,
         "prompts": asdict(task)["prompts"],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

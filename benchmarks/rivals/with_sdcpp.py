@@ -43,13 +43,22 @@ class StableDiffusionCpp:
             raise RuntimeError("stable-diffusion.cpp could not convert the pipeline")
 
     def load(self, task: Task, work: Path) -> None:
-        """Loads the weights."""
+        """Loads the weights.
+
+        Raises:
+            RuntimeError: They are of no model that stable-diffusion.cpp knows.
+        """
         from stable_diffusion_cpp import StableDiffusion
 
         self._task, self._file = task, self._path(work)
         self._model: Any = StableDiffusion(
             model_path=str(self._file), n_threads=task.threads, verbose=True
         )
+        if not self._model.model:  # a null pointer, which the package takes for a model
+            raise RuntimeError(
+                "stable-diffusion.cpp knows no model of these sizes (it tells Stable Diffusion 1.x "
+                "by text embeddings of width 768)"
+            )
 
     def run(self, picture: int, steps: int) -> LoopRun:
         """Makes a picture; of it, only the loop is timed."""
