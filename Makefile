@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := out/demo
 EVALUATE := out/evaluate
+RIVALS := out/rivals
 ALSO := --also dpmsolver++:12 --also dpmsolver++:16 --also dpmsolver++:20
 # two workers of one thread each: more threads than cores wait for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo figures evaluate full-size test test-all lint train-demo-model clean
+.PHONY: help setup demo figures evaluate full-size rivals test test-all lint train-demo-model clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -54,6 +55,13 @@ evaluate: setup ## compare smaller bundles with float32 and rank plans (out/eval
 full-size: setup ## what a model of Stable Diffusion 1.5's size takes (docs/benchmarks.md; 6 GB of disk)
 	$(BIN)/python -m tools.random_pipeline sd15 out/models/sd15 --force
 	$(BIN)/python -m benchmarks.full_size out/models/sd15
+
+rivals: ## compare the bundles of `make evaluate` with what else runs such models (docs/benchmarks.md)
+	$(PYTHON) -m venv $(RIVALS)/venv
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON" $(RIVALS)/venv/bin/python -m pip install \
+		--quiet --constraint constraints.txt --editable . -r benchmarks/rivals-requirements.txt
+	rm -rf $(RIVALS)/demo
+	$(RIVALS)/venv/bin/python -m benchmarks.rivals --work $(RIVALS)/demo
 
 train-demo-model: setup ## train, package and judge the demo model (hours on a CPU)
 	$(BIN)/python -m tools.train_demo_model

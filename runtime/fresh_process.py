@@ -125,7 +125,7 @@ def _measure(
     read_after = _read_mib()
     engine.run(graph, inputs)
     read = None if read_before is None or read_after is None else read_after - read_before
-    yield Fresh(load_ms, read, max(0.0, _peak_mib() - before_mib))
+    yield Fresh(load_ms, read, max(0.0, peak_memory_mib() - before_mib))
 
 
 def _drop_from_cache(bundle: Bundle, graph: str) -> None:
@@ -154,12 +154,8 @@ def _start_peak_mib() -> float:
     try:
         Path("/proc/self/clear_refs").write_text(_FRESH_PAGES)
     except OSError:
-        return _peak_mib()
-    return _status_mib("VmRSS") or _peak_mib()
-
-
-def _peak_mib() -> float:
-    return _status_mib("VmHWM") or peak_memory_mib()
+        return peak_memory_mib()
+    return _status_mib("VmRSS") or peak_memory_mib()
 
 
 def _status_mib(key: str) -> float | None:

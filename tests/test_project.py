@@ -7,7 +7,7 @@ from pathlib import Path
 import cq_edge
 
 ROOT = Path(__file__).parents[1]
-_DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/demo_model.md")
+_DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/demo_model.md", "docs/benchmarks.md")
 
 
 def test_the_version_is_the_same_wherever_it_stands():
