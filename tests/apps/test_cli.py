@@ -31,7 +31,7 @@ def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "cq-edge: error: the following arguments are required: COMMAND"),
         (["paint"], "cq-edge: error: argument COMMAND: invalid choice: 'paint'"),
-        (["generate", "bundle"], "error: the following arguments are required: PROMPT"),
+        (["generate"], "error: the following arguments are required: BUNDLE"),
         (["generate", "b", "p", "--steps", "many"], "--steps: invalid int value: 'many'"),
         (["generate", "b", "p", "--seed", "-1"], "argument --seed: -1 is below 0"),
         (["generate", "b", "p", "--seed", "x"], "--seed: invalid whole number value: 'x'"),

@@ -53,6 +53,12 @@ def test_a_prompt_becomes_the_picture_that_the_runtime_makes_of_it(
     assert np.array_equal(np.asarray(Image.open("a-red-star-on-blue.png")), expected)
 
 
+def test_a_bundle_that_draws_what_it_is_told_wants_a_prompt(generate: Generate) -> None:
+    code, out, err = generate("--seed", "3")
+    assert (code, out) == (2, "")
+    assert err == "cq-edge: error: PROMPT is missing: say what to draw\n"
+
+
 def test_the_same_seed_gives_the_same_file_byte_for_byte(generate: Generate) -> None:
     for name in ("one.png", "two.png"):
         assert generate(STAR, "--seed", "3", "-o", name)[0] == 0
