@@ -51,6 +51,7 @@ from cq_edge.manifest import (
 )
 from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
 from cq_edge.reuse_table import ReuseTable
+from runtime.freed_memory import give_back
 from runtime.peak_memory import peak_memory_mib
 
 if TYPE_CHECKING:
@@ -320,6 +321,7 @@ def run(args: argparse.Namespace) -> int:
             del pipeline
             optimized = optimized.released()
             exported = _export(optimized, specs, folder)
+            give_back()
             with quiet_toolchains():
                 pipeline = load_pipeline(args.model)
             optimized = optimized.exported(pipeline, config)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cq_edge.errors import BundleError, UsageError
 from cq_edge.manifest import GraphEntry
 from runtime.bundle import Bundle
+from runtime.freed_memory import give_back
 from runtime.graph_arrays import check_inputs, named_outputs
 
 
@@ -86,7 +87,8 @@ class ExecuTorchEngine:
 
     def unload(self, graph: str) -> None:
         """Frees a graph, where it is loaded."""
-        self._methods.pop(graph, None)
+        if self._methods.pop(graph, None) is not None:
+            give_back()
 
     def _entry(self, graph: str) -> GraphEntry:
         entry = self._bundle.manifest.graph(graph)
