@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cq_edge.errors import BundleError, UsageError
 from cq_edge.manifest import GraphEntry
 from runtime.bundle import Bundle
-from runtime.freed_memory import give_back
+from runtime.freed_memory import forget_pages, give_back
 from runtime.graph_arrays import check_inputs, named_outputs
 
 
@@ -57,6 +57,7 @@ class ExecuTorchEngine:
                 held = [program.get_method_name(i) for i in range(program.num_methods())]
                 if entry.method in held:
                     self._methods[graph] = program.load_method(entry.method)
+                    forget_pages(path)
         except RuntimeError as error:
             raise BundleError(f"{entry.file}: cannot load {entry.method!r}: {error}") from error
         if graph not in self._methods:
