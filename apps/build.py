@@ -1,6 +1,7 @@
 """`cq-edge build`: a pipeline becomes a bundle."""
 
 import argparse
+import gc
 import json
 import platform
 import sys
@@ -321,6 +322,7 @@ def run(args: argparse.Namespace) -> int:
             del pipeline
             optimized = optimized.released()
             exported = _export(optimized, specs, folder)
+            gc.collect()  # the toolchain's graphs refer to themselves
             give_back()
             with quiet_toolchains():
                 pipeline = load_pipeline(args.model)
