@@ -1,6 +1,7 @@
 """`cq-edge build`: a pipeline becomes a bundle."""
 
 import argparse
+import gc
 import json
 import platform
 import sys
@@ -53,6 +54,7 @@ from cq_edge.manifest import (
 from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
 from cq_edge.planner import FEWEST_TO_REUSE, too_few_to_reuse
 from cq_edge.reuse_table import ReuseTable
+from runtime.freed_memory import give_back
 from runtime.peak_memory import peak_memory_mib
 
 if TYPE_CHECKING:
@@ -333,6 +335,8 @@ def run(args: argparse.Namespace) -> int:
             del pipeline
             optimized = optimized.released()
             exported = _export(optimized, specs, folder)
+            gc.collect()  # the toolchain's graphs refer to themselves
+            give_back()
             with quiet_toolchains():
                 pipeline = load_model(args)
             optimized = optimized.exported(pipeline, config)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cq_edge.errors import BundleError, UsageError
 from cq_edge.manifest import GraphEntry
 from runtime.bundle import Bundle
+from runtime.freed_memory import forget_pages, give_back
 from runtime.graph_arrays import check_inputs, named_outputs
 
 
@@ -56,6 +57,7 @@ class ExecuTorchEngine:
                 held = [program.get_method_name(i) for i in range(program.num_methods())]
                 if entry.method in held:
                     self._methods[graph] = program.load_method(entry.method)
+                    forget_pages(path)
         except RuntimeError as error:
             raise BundleError(f"{entry.file}: cannot load {entry.method!r}: {error}") from error
         if graph not in self._methods:
@@ -86,7 +88,8 @@ class ExecuTorchEngine:
 
     def unload(self, graph: str) -> None:
         """Frees a graph, where it is loaded."""
-        self._methods.pop(graph, None)
+        if self._methods.pop(graph, None) is not None:
+            give_back()
 
     def _entry(self, graph: str) -> GraphEntry:
         entry = self._bundle.manifest.graph(graph)
