@@ -30,13 +30,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.page_section import write_section
 from benchmarks.rivals.alternate import Result, prepare_all, take_turns
 from benchmarks.rivals.busy import BusyCores
 from benchmarks.rivals.contenders import CONTENDERS, REFERENCE
 from benchmarks.rivals.plan_for_speedup import plan_for_speedup
 from benchmarks.rivals.processes import Place
 from benchmarks.rivals.quality import Decoder, Quality, compare
-from benchmarks.rivals.table import markdown, rows, write_section
+from benchmarks.rivals.table import markdown, rows
 from benchmarks.rivals.task import FloatArray, Task
 from cq_edge.errors import CQEdgeError, UsageError
 from cq_edge.model.load import DEMO_MODEL

@@ -1,10 +1,8 @@
 """The results as a report for programs, and as a section of a Markdown page."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -161,16 +159,3 @@ def _conditions(conditions: Mapping[str, Any], alive: Sequence[Mapping[str, Any]
         f"{conditions['other_cores_busy']:.2f} other cores busy meanwhile. {conditions['date']}. "
         f"{libraries}."
     )
-
-
-def write_section(page: Path, name: str, text: str) -> None:
-    """Writes a section of a page between its marks; what stands outside them stays."""
-    begin, end = f"<!-- {name}: written by benchmarks.rivals -->", f"<!-- end of {name} -->"
-    section = f"{begin}\n{text}{end}"
-    before = page.read_text(encoding="utf-8") if page.exists() else ""
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if pattern.search(before):
-        after = pattern.sub(lambda _: section, before)
-    else:
-        after = (f"{before.rstrip()}\n\n" if before.strip() else "") + f"{section}\n"
-    page.write_text(after, encoding="utf-8")

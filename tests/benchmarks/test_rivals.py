@@ -13,7 +13,7 @@ from benchmarks.rivals.alternate import Result, prepare_all, take_turns
 from benchmarks.rivals.contenders import CONTENDERS, REFERENCE, make
 from benchmarks.rivals.processes import ContenderFailedError, Place, Worker
 from benchmarks.rivals.quality import Quality
-from benchmarks.rivals.table import markdown, rows, write_section
+from benchmarks.rivals.table import markdown, rows
 from benchmarks.rivals.task import Task, guided_loop
 from benchmarks.rivals.torch_unet import GuidedUNet
 from cq_edge.metrics import sqnr_db
@@ -123,18 +123,6 @@ def test_ratios_are_those_of_the_same_round() -> None:
     slow = Result(REFERENCE, None, ready, [[10.0, 10.0], [30.0, 30.0]], "FF")
     fast = Result("b", None, ready, [[5.0, 5.0], [10.0, 10.0]], "FF")
     assert rows([slow, fast], {}, 2)[1]["speedup"] == {"median": 2.5, "min": 2.0, "max": 3.0}
-
-
-def test_a_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("# Ours\n", encoding="utf-8")
-    write_section(page, "one", "first\n")
-    write_section(page, "two", "second\n")
-    page.write_text(page.read_text(encoding="utf-8") + "\nby hand\n", encoding="utf-8")
-    write_section(page, "one", r"again \1" + "\n")
-    text = page.read_text(encoding="utf-8")
-    assert text.startswith("# Ours\n") and text.endswith("\nby hand\n")
-    assert "first" not in text and "again \\1" in text and "second" in text
 
 
 def test_every_contender_can_be_made_without_its_library() -> None:
