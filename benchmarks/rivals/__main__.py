@@ -13,8 +13,8 @@ cannot be installed, converted or run is a row with its reason.
 For a model of Stable Diffusion's size, cut the loops short and load one at a time:
 
     python -m benchmarks.rivals --name sd15 --model sd15 --bundle sd15-int8 --float32 none
-        --noise-scheduler ddim --steps 4 --first-steps 3 --whole-steps 50 --plan uniform:5
-        --rounds 2 --one-at-a-time --work out/rivals_sd15
+        --noise-scheduler ddim --steps 4 --first-steps 2 --whole-steps 50 --plan uniform:5
+        --calibration-captions 1 --rounds 2 --one-at-a-time --work out/rivals/sd15
 """
 
 import argparse

@@ -9,7 +9,11 @@ import numpy as np
 
 from benchmarks.rivals.task import LoopRun, Task
 
-_NOISE_SCHEDULERS = {"pndm": "PNDMScheduler", "ddim": "DDIMScheduler"}
+_NOISE_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pndm": ("PNDMScheduler", {}),
+    # Stable Diffusion's own value, which a configuration that PNDM saved does not hold
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+}
 
 
 class Diffusers:
@@ -47,8 +51,9 @@ class Diffusers:
             requires_safety_checker=False,
             **parts,
         )
-        scheduler = getattr(diffusers, _NOISE_SCHEDULERS[task.noise_scheduler])
-        self._pipe.scheduler = scheduler.from_config(self._pipe.scheduler.config)
+        kind, settings = _NOISE_SCHEDULERS[task.noise_scheduler]
+        scheduler = getattr(diffusers, kind)
+        self._pipe.scheduler = scheduler.from_config(self._pipe.scheduler.config, **settings)
         self._pipe.unet.eval().to(memory_format=torch.channels_last)
         self._watch()
         if self._compiled:

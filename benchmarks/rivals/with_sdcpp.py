@@ -36,9 +36,8 @@ class StableDiffusionCpp:
         from stable_diffusion_cpp import StableDiffusion
 
         path, model = self._path(work), StableDiffusion()
-        converted = model.convert(
-            str(task.pipeline), output_path=str(path), output_type=self._dtype
-        )
+        source = _with_its_names(task.pipeline, work / "renamed")
+        converted = model.convert(str(source), output_path=str(path), output_type=self._dtype)
         if not converted or not path.exists():
             raise RuntimeError("stable-diffusion.cpp could not convert the pipeline")
 
@@ -56,8 +55,8 @@ class StableDiffusionCpp:
         )
         if not self._model.model:  # a null pointer, which the package takes for a model
             raise RuntimeError(
-                "stable-diffusion.cpp knows no model of these sizes (it tells Stable Diffusion 1.x "
-                "by text embeddings of width 768)"
+                "stable-diffusion.cpp cannot tell what model this is (it knows Stable Diffusion "
+                "1.x by text embeddings of width 768)"
             )
 
     def run(self, picture: int, steps: int) -> LoopRun:
@@ -101,3 +100,19 @@ class StableDiffusionCpp:
 def _modes(steps_ms: tuple[float, ...]) -> str:
     """Returns K for the steps that took less than a fifth of the longest: no network ran."""
     return "".join("FK"[taken < max(steps_ms) / 5] for taken in steps_ms)
+
+
+def _with_its_names(pipeline: Path, folder: Path) -> Path:
+    """Returns a folder of the same pipeline whose text encoder's weights have the names that
+    transformers gave them before 5, which are the ones that stable-diffusion.cpp knows."""
+    from safetensors.numpy import load_file, save_file
+
+    folder.mkdir()
+    for name in ("unet", "vae"):
+        (folder / name).symlink_to((pipeline / name).resolve())
+    weights = load_file(pipeline / "text_encoder" / "model.safetensors")
+    prefix = "text_model."
+    renamed = {k if k.startswith(prefix) else prefix + k: v for k, v in weights.items()}
+    (folder / "text_encoder").mkdir()
+    save_file(renamed, folder / "text_encoder" / "model.safetensors")
+    return folder

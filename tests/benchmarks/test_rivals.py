@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,8 +70,12 @@ def test_a_contender_takes_its_turns_and_one_that_fails_says_why(place: Place) -
     assert f"| {_INT8} | failed: no such bundle was given |" in text
 
 
-def test_a_loop_is_cut_short_where_it_should_be(place: Place, tmp_path: Path) -> None:
-    task, contender = Task.read(place.task), make(REFERENCE)
+@pytest.mark.parametrize("noise_scheduler", ["pndm", "ddim"])
+def test_a_loop_is_cut_short_where_it_should_be(
+    place: Place, tmp_path: Path, noise_scheduler: str
+) -> None:
+    task = replace(Task.read(place.task), noise_scheduler=noise_scheduler)
+    contender = make(REFERENCE)
     contender.load(task, tmp_path)
     run = contender.run(0, 2)
     unet = GuidedUNet(task)
