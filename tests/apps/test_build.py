@@ -95,8 +95,8 @@ def test_a_quantisation_that_is_none_of_ours_is_refused():
 def test_the_float_unet_is_freed_while_the_graphs_are_lowered(tmp_path, capsys, monkeypatch):
     loaded = []
 
-    def load_and_remember(source):
-        pipeline = load_pipeline(source)
+    def load_and_remember(source, **options):
+        pipeline = load_pipeline(source, **options)
         loaded.append(weakref.ref(pipeline.unet))
         return pipeline
 
