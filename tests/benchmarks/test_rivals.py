@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copy
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from benchmarks.rivals.table import markdown, rows
 from benchmarks.rivals.task import Task, guided_loop
 from benchmarks.rivals.torch_unet import GuidedUNet
 from cq_edge.metrics import sqnr_db
+from cq_edge.model.load import DEMO_MODEL
 from tests.tiny_pipeline import save_tiny_pipeline
 
 _INT8 = "cq-edge int8, every step full"
@@ -31,8 +33,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     embeddings = folder / "embeddings.npz"
     negative = rng.standard_normal((1, 77, 32), np.float32)
     np.savez(embeddings, prompts=arrays["prompts"], calibration=arrays["others"], negative=negative)
+    pipeline = save_tiny_pipeline(folder / "pipeline")
+    # PNDM's, as Stable Diffusion ships: it says nothing of what DDIM is to do with samples
+    copy(DEMO_MODEL / "scheduler" / "scheduler_config.json", pipeline / "scheduler")
     task = Task(
-        pipeline=save_tiny_pipeline(folder / "pipeline"),
+        pipeline=pipeline,
         float32=None,
         bundle=None,
         plan="full",
