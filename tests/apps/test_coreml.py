@@ -78,8 +78,12 @@ def _function(folder, manifest, graph):
     return folder / entry.file / "Data" / "com.apple.CoreML", spec, operations
 
 
+_FLOAT16 = 1  # in the header of each constant of a weight file
+
+
 def _flip_a_weights_high_bit(folder, manifest, graph):
-    """Changes one bit of a graph's largest weight: the exponent's highest where it is float16."""
+    """Changes one bit of a graph's largest float16 constant, its exponent's highest: of a weight,
+    of the scales of one, or of the values that its indices stand for."""
     place, _, operations = _function(folder, manifest, graph)
     path = place / "weights" / "weight.bin"
     data = bytearray(path.read_bytes())
@@ -92,8 +96,9 @@ def _flip_a_weights_high_bit(folder, manifest, graph):
         for value in values:
             if value.HasField("blobFileValue") and operation.outputs[0].name not in looked_up:
                 at = value.blobFileValue.offset
-                _, _, size, start = struct.unpack_from("<IIQQ", data, at)
-                blobs.append((size, start))
+                _, kind, size, start = struct.unpack_from("<IIQQ", data, at)
+                if kind == _FLOAT16:
+                    blobs.append((size, start))
     size, start = max(blobs)
     data[start + size // 4 * 2 + 1] ^= 0x40
     path.write_bytes(data)
