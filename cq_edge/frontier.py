@@ -1,4 +1,4 @@
-"""Every plan worth having: exact dynamic programming over the modes of all steps."""
+"""Every plan worth having: dynamic programming over the modes of all steps."""
 
 from bisect import bisect_right
 from collections import defaultdict
