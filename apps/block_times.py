@@ -7,11 +7,11 @@ fused across a border.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
@@ -138,8 +138,9 @@ def _parts(full: "FullUNet") -> Iterator[tuple[str, "nn.Module"]]:
             yield f"{name}_layer_{index}", _without_unread(layer)
         if stage.resampler is not None:
             yield f"{name}_resample", stage.resampler
-    for index, layer in enumerate(full.outer):
-        yield f"outer_layer_{index}", _without_unread(layer)  # type: ignore[arg-type]
+    for name, layers in (("last", full.last), ("outer", full.outer)):
+        for index, layer in enumerate(cast("Iterable[Layer]", layers)):
+            yield f"{name}_layer_{index}", _without_unread(layer)
     yield "head", full.head
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e import quantizer as _registers_quantized_decomposed  # noqa: F401
 
-from cq_edge.model.quantize import FIRST_AND_LAST, is_named
+from cq_edge.model.quantize import FLOAT_LAYERS, is_named
 from cq_edge.model.surgery import replace_modules
 
 Root = TypeVar("Root", bound=nn.Module)
 _MOST = 127
-_KEPT = (*FIRST_AND_LAST, "linear_1", "linear_2")  # of the time embedding: one vector, and exact
+_KEPT = (*FLOAT_LAYERS, "linear_1", "linear_2")  # of the time embedding: one vector, and exact
 
 
 class RoundedInput(nn.Module):

@@ -5,6 +5,7 @@ float weights at a time are little.
 """
 
 from functools import partial
+from typing import cast
 
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
@@ -18,7 +19,6 @@ from cq_edge.model.surgery import copied, replace_modules
 # what the graphs are made of, by the last name of each; `conv_in` stays as it is
 _PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
     ("time", TimeEmbedding),
-    ("layer", Layer),
     ("resampler", Downsample2D),
     ("resampler", Upsample2D),
     ("head", OutputHead),
@@ -33,6 +33,13 @@ def eight_bit_unet(full: FullUNet, shallow: ShallowUNet) -> nn.ModuleList:
         shallow: Likewise; what the two share stays shared.
     """
     both = copied(nn.ModuleList([full, shallow]))
+    copied_full = cast(FullUNet, both[0])
+    outermost = {id(layer) for part in (copied_full.last, copied_full.outer) for layer in part}
+
+    def converted_layer(layer: Layer) -> nn.Module:
+        return _converted(layer, "outer" if id(layer) in outermost else "layer")
+
+    replace_modules(both, Layer, converted_layer)
     for name, kind in _PARTS:
         replace_modules(both, kind, partial(_converted, name=name))
     return both

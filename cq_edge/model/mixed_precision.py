@@ -18,7 +18,7 @@ from torchao.quantization.quant_primitives import (
 
 from cq_edge.errors import UsageError
 from cq_edge.influence import step_influence
-from cq_edge.model.quantize import FIRST_AND_LAST, GROUP, is_named
+from cq_edge.model.quantize import FLOAT_LAYERS, GROUP, is_named
 from cq_edge.model.trajectory import Prompt
 from cq_edge.model.unfolded_conv import can_unfold, folded_weight, unfolded_weight
 from cq_edge.noise_scheduler import NoiseScheduler
@@ -92,7 +92,7 @@ def linear_candidates(full: nn.Module) -> dict[str, nn.Linear]:
         for name, module in full.named_modules()
         if isinstance(module, nn.Linear)
         and module.in_features % GROUP == 0
-        and not is_named(name, FIRST_AND_LAST)
+        and not is_named(name, FLOAT_LAYERS)
     }
 
 
@@ -104,7 +104,7 @@ def conv_candidates(full: nn.Module) -> dict[str, nn.Conv2d]:
         if isinstance(module, nn.Conv2d)
         and can_unfold(module)
         and module.in_channels % GROUP == 0
-        and not is_named(name, FIRST_AND_LAST)
+        and not is_named(name, FLOAT_LAYERS)
     }
 
 
@@ -114,7 +114,7 @@ def stored_bytes(full: nn.Module, four_bits: Collection[str]) -> int:
     for name, module in full.named_modules():
         for parameter in module.parameters(recurse=False):
             is_weight = isinstance(module, nn.Linear | nn.Conv2d) and parameter.dim() > 1
-            if not is_weight or is_named(name, FIRST_AND_LAST):
+            if not is_weight or is_named(name, FLOAT_LAYERS):
                 total += 4 * parameter.numel()
             elif name in four_bits:
                 total += parameter.numel() // 2 + _GROUP_SCALE_BYTES * (parameter.numel() // GROUP)

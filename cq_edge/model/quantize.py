@@ -8,6 +8,7 @@ that for linear layers alone, so that a convolution becomes one.
 """
 
 from collections.abc import Callable, Collection
+from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import torch
@@ -26,7 +27,14 @@ from cq_edge.model.surgery import copied, replace_modules
 from cq_edge.model.unfolded_conv import UnfoldedConv2d
 
 Root = TypeVar("Root", bound=nn.Module)
-FIRST_AND_LAST = ("conv_in", "conv_out", "head.conv")
+FLOAT_LAYERS = (
+    "conv_in", "conv_out", "head.conv", "last.*conv_shortcut", "outer.*conv_shortcut",
+)  # fmt: skip
+"""Names of the layers that stay float, few weights all of them: the first and the last, and the
+shortcuts of the last up block. These take a residual stream and a skip side by side as they are,
+which are of unequal size, so that one scale fits neither; and what they give is all but the end.
+Source: Q-Diffusion (Li et al. 2023, arXiv 2302.04304) quantises a shortcut's two inputs apart.
+"""
 GROUP = 32
 _MIN, _MAX = -127, 127
 _ACTIVATION_MIN, _ACTIVATION_MAX = -128, 127
@@ -78,7 +86,7 @@ class Int8Conv2d(nn.Module):
 
 
 def quantize_for_xnnpack(
-    module: Root, keep: Collection[str] = FIRST_AND_LAST, four_bits: Collection[str] = ()
+    module: Root, keep: Collection[str] = FLOAT_LAYERS, four_bits: Collection[str] = ()
 ) -> Root:
     """Returns a copy whose Conv2d and Linear layers are int8; what was shared stays shared, and
     what stays float is the original's.
@@ -130,5 +138,5 @@ def quantize_for_xnnpack(
 
 def is_named(name: str, ends: Collection[str]) -> bool:
     """Returns whether a qualified name ends in one of `ends`, at a dot: "head.conv" names
-    "head.conv" and "0.head.conv"."""
-    return any(f".{name}".endswith(f".{end}") for end in ends)
+    "head.conv" and "0.head.conv"; * in an end is anything."""
+    return any(fnmatchcase(f".{name}", f"*.{end}") for end in ends)

@@ -180,7 +180,8 @@ class OutputHead(nn.Module):
 class FullUNet(nn.Module):
     """The whole UNet, handing out its cached feature too.
 
-    `outer` are the layers that the shallow graph runs as well; `up` ends just before them.
+    `last` and `outer` are the layers of the last up block: those of this graph alone, and those
+    that the shallow graph runs as well.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class FullUNet(nn.Module):
         down: list[Stage],
         mid: Stage,
         up: list[Stage],
+        last: list[Layer],
         outer: list[Layer],
         head: OutputHead,
     ) -> None:
@@ -199,6 +201,7 @@ class FullUNet(nn.Module):
         self.down = nn.ModuleList(down)
         self.mid = mid
         self.up = nn.ModuleList(up)
+        self.last = nn.ModuleList(last)
         self.outer = nn.ModuleList(outer)
         self.head = head
 
@@ -227,6 +230,8 @@ class FullUNet(nn.Module):
                 hidden = layer(torch.cat([hidden, skips.pop()], dim=1), time, embeddings)
             if stage.resampler is not None:
                 hidden = stage.resampler(hidden, _forced_size(hidden, skips[-1]))
+        for layer in self.last:
+            hidden = layer(torch.cat([hidden, skips.pop()], dim=1), time, embeddings)
         feature = hidden
         for layer in self.outer:
             hidden = layer(torch.cat([hidden, skips.pop()], dim=1), time, embeddings)
@@ -330,10 +335,8 @@ def split_unet(unet: UNet, shallow_layers: int = 1) -> tuple[FullUNet, ShallowUN
     up = [Stage(_layers(block), _only(block.upsamplers)) for block in inner]
     last_layers = _layers(last)
     cut = len(last_layers) - shallow_layers
-    if cut > 0:
-        up.append(Stage(last_layers[:cut], None))
-    outer = last_layers[cut:]
-    full = FullUNet(time, unet.conv_in, down, _mid_stage(unet), up, outer, head)
+    own, outer = last_layers[:cut], last_layers[cut:]
+    full = FullUNet(time, unet.conv_in, down, _mid_stage(unet), up, own, outer, head)
     skip_channels = unet.config["block_out_channels"][0]
     feature_channels = outer[0].resnet.in_channels - skip_channels
     kept = cast("list[Layer]", list(down[0].layers))[: shallow_layers - 1]
