@@ -41,7 +41,8 @@ _FRONTIER_SPEEDUPS = (2.0, 3.0, 4.0, 5.18, 6.0, 8.0)
 _DESCRIPTION = """\
 Draws the same captions from the same seeds in every way that there is (float32 at every step,
 quantised only, cached only, both, with and without corrections, a uniform cache, fewer steps)
-and compares speed, size and quality. The ways take turns caption by caption, in one process."""
+and compares speed, size and quality. The ways take turns caption by caption, in one process.
+Ctrl-C compares what was drawn until then."""
 
 _EXAMPLES = """\
 examples:
@@ -139,10 +140,14 @@ def run(args: argparse.Namespace) -> int:
     reference, ours = map(_side, bundles, engines, profiles)
     captions, world = _captions(args)
     variants = _chosen(_variants(reference, ours, args.speedup), args.only)
-    _draw_all(variants, captions)
+    drawn = _draw_all(variants, captions)
+    interrupted = drawn < len(captions)
+    captions, world = captions[:drawn], None if world is None else world[:drawn]
     rows = _rows(variants, captions, world, scorer)
-    frontier = _frontier(reference, ours, captions[: args.frontier_captions], scorer)
-    report = {"variants": rows, "frontier": frontier, "conditions": _conditions(args, ours)}
+    along = 0 if interrupted else args.frontier_captions
+    frontier = _frontier(reference, ours, captions[:along], scorer)
+    conditions = {**_conditions(args, ours), "captions": drawn, "interrupted": interrupted}
+    report = {"variants": rows, "frontier": frontier, "conditions": conditions}
     _print(rows)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -308,13 +313,22 @@ def _fewer_steps(side: Side, budget_ms: float, name: str) -> Method:
     return replace(side.make(steps, schedule(steps), None), noise_scheduler=name)
 
 
-def _draw_all(variants: Sequence[Variant], captions: Sequence[str]) -> None:
-    for seed, caption in enumerate(tqdm(captions, desc="draw", unit="caption")):
-        for variant in variants:
-            drawn = draw(variant.method, caption, seed)
-            variant.pictures.append(drawn.picture)
-            variant.loop_ms.append(drawn.loop_ms)
-            variant.total_ms.append(drawn.total_ms)
+def _draw_all(variants: Sequence[Variant], captions: Sequence[str]) -> int:
+    """Draws every caption in every way, and returns how many were drawn: Ctrl-C ends it with
+    what there is, where that can be compared."""
+    done = 0
+    try:
+        for seed, caption in enumerate(tqdm(captions, desc="draw", unit="caption")):
+            found = [draw(variant.method, caption, seed) for variant in variants]
+            for variant, drawn in zip(variants, found, strict=True):
+                variant.pictures.append(drawn.picture)
+                variant.loop_ms.append(drawn.loop_ms)
+                variant.total_ms.append(drawn.total_ms)
+            done += 1
+    except KeyboardInterrupt:
+        if done < 2:
+            raise
+    return done
 
 
 def _rows(
@@ -392,15 +406,14 @@ def _frontier(
                 for name in _few_steps_by(ours)
             ),
         ]
-    _draw_all([base, *points], captions)
-    return _rows([base, *points], captions, None, scorer)[1:]
+    drawn = _draw_all([base, *points], captions)
+    return _rows([base, *points], captions[:drawn], None, scorer)[1:]
 
 
 def _conditions(args: argparse.Namespace, side: Side) -> dict[str, Any]:
     defaults = side.bundle.manifest.defaults
     return {
         "bundle": str(args.bundle),
-        "captions": args.captions,
         "noise_scheduler": defaults.noise_scheduler,
         "steps": defaults.steps,
         "guidance_scale": defaults.guidance_scale,
@@ -423,6 +436,6 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         print(
             f"{row['name']:24} {row['plan']['full']:4} {row['loop_speedup']:5.2f}x "
             f"{row['end_to_end_speedup']:5.2f}x {size:>5} {row['clip']:6.2f} "
-            f"{row['clip_delta']:+6.2f} {f'{low:+.2f} to {high:+.2f}':>16} {shown:>6} "
+            f"{row['clip_delta']:+6.3f} {f'{low:+.3f} to {high:+.3f}':>16} {shown:>6} "
             f"{row['psnr_db']:5.1f} {row['ssim']:5.3f}"
         )

@@ -7,6 +7,7 @@ from apps.cli import main
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.latency import DeviceProfile
 from cq_edge.planner import plan_frontier
+from runtime.draw import draw
 from tests.tiny_bundle import reuse_table, write_bundle
 
 TIMES = {"encode": 2.0, "denoise": 10.0, "denoise_shallow": 1.0, "decode": 5.0}
@@ -108,3 +109,25 @@ def test_only_the_named_ways_are_drawn(evaluate):
     assert code == 0
     report = json.loads(Path("report.json").read_text())
     assert [row["name"] for row in report["variants"]] == ["float32", "ours"]
+
+
+@pytest.mark.parametrize(("whole", "code"), [(3, 0), (1, 130)])
+def test_ctrl_c_compares_the_captions_that_were_drawn_in_every_way(
+    evaluate, monkeypatch, whole, code
+):
+    call, _ = evaluate
+    pictures = iter(range(2 * whole + 1))
+
+    def until_ctrl_c(*given):
+        if next(pictures, None) is None:
+            raise KeyboardInterrupt
+        return draw(*given)
+
+    monkeypatch.setattr("apps.evaluate.draw", until_ctrl_c)
+    assert call("--only", "ours", "--captions", "9", "--json", "report.json")[0] == code
+    if code == 0:
+        report = json.loads(Path("report.json").read_text())
+        assert report["conditions"]["captions"] == whole
+        assert report["conditions"]["interrupted"]
+        assert report["variants"][1]["ssim"] < 1
+        assert not report["frontier"]
