@@ -10,6 +10,7 @@ from cq_edge.latency_model import Device, Prediction, device_names, shipped_devi
 from cq_edge.operators import OPERATORS_FILE, Operators, load_operators
 from runtime.bundle import Bundle
 
+_LARGEST = 4  # shares of a graph's time that are shown
 DEVICE_HELP = "predict the times for this device instead of measuring; list shows those there are"
 
 
@@ -67,11 +68,12 @@ def report(device: Device, predicted: Mapping[str, Prediction]) -> str:
     """Returns a table of the predictions for people, and what they rest on."""
     lines = [
         f"predicted for {device.name} ({device.engine}, {device.compute_unit}), not measured:",
-        f"{'graph':16} {'ms':>9} {'90 % of such graphs':>22} {'distance':>9} {'load, ms':>9}",
+        f"{'graph':16} {'ms':>9} {'90 % of such graphs':>22} {'distance':>9} {'load, ms':>9}  "
+        "most of it",
     ]
     lines += [
         f"{graph:16} {p.ms:9.1f} {f'{p.low_ms:.1f} to {p.high_ms:.1f}':>22} {p.distance:9.2f} "
-        f"{'unknown' if p.load_ms is None else f'{p.load_ms:.0f}':>9}"
+        f"{'unknown' if p.load_ms is None else f'{p.load_ms:.0f}':>9}  {_most(p)}"
         for graph, p in predicted.items()
     ]
     lines += [
@@ -79,6 +81,12 @@ def report(device: Device, predicted: Mapping[str, Prediction]) -> str:
         f"measured: {device.measured}; derived: {device.derived}",
     ]
     return "\n".join(lines)
+
+
+def _most(predicted: Prediction) -> str:
+    """Returns the kinds of operators that take the most of a graph's time."""
+    largest = list(predicted.shares.items())[:_LARGEST]
+    return ", ".join(f"{kind} {share:.0%}" for kind, share in largest)
 
 
 def _operators(bundle: Bundle, backend: str) -> Mapping[str, Operators]:

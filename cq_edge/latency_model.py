@@ -78,6 +78,7 @@ class Prediction:
         distance: From the device's measured graphs: 0 where they pin all that the graph's time is
             made of, 1 where they say nothing about it.
         load_ms: Loading the graph; None where the device's loading was not measured.
+        shares: Of `ms`, by kind of operator (and weights, rows, calls, dispatch): largest first.
     """
 
     ms: float
@@ -85,6 +86,7 @@ class Prediction:
     high_ms: float
     distance: float
     load_ms: float | None
+    shares: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +187,7 @@ class Device:
                 f"{', '.join(self.gmacs_per_s)}"
             )
         parts = {term: amount * costs[term] for term, amount in amounts.items()}
-        ms = sum(parts.values())
+        ms = cold_ms = sum(parts.values())
         if ms <= 0:
             raise UsageError("the graph has no operators: there is nothing to predict")
         unpinned, distance = self._uncertainty({term: part / ms for term, part in parts.items()})
@@ -197,7 +199,8 @@ class Device:
         load_ms = None
         if self.load_ms is not None and self.load_gb_per_s is not None:
             load_ms = self.load_ms + amounts.get("weights", 0.0) * 1e3 / self.load_gb_per_s
-        return Prediction(ms, ms / spread, ms * spread, distance, load_ms)
+        shares = _by_kind({term: part / cold_ms for term, part in parts.items()})
+        return Prediction(ms, ms / spread, ms * spread, distance, load_ms, shares)
 
     def _uncertainty(self, shares: Mapping[str, float]) -> tuple[float, float]:
         """Returns the relative standard deviation of a graph's time that comes of its costs, and
@@ -271,6 +274,14 @@ def terms_of(operators: Operators, tile: tuple[int, int] = (1, 1)) -> dict[str, 
         if operator.kind == "linear" and operator.dtype in _NARROW:
             amounts["rows int8"] += operator.count * operator.batch * operator.rows
     return {term: amount for term, amount in amounts.items() if amount > 0}
+
+
+def _by_kind(shares: Mapping[str, float]) -> dict[str, float]:
+    """Returns the shares of terms added up by their first word, largest first."""
+    kinds: defaultdict[str, float] = defaultdict(float)
+    for term, share in shares.items():
+        kinds[term.split()[0]] += share
+    return dict(sorted(kinds.items(), key=lambda pair: -pair[1]))
 
 
 def _started(operator: Operator) -> str:

@@ -46,6 +46,8 @@ def test_the_screen_says_that_it_is_predicted_and_shows_ranges(phones, capsys):
     assert out.startswith("predicted for Test phone (xnnpack, cpu), not measured:")
     found = device().predict(operators()["denoise"])
     assert f"{found.low_ms:.1f} to {found.high_ms:.1f}" in out
+    kind, share = next(iter(found.shares.items()))
+    assert f"{kind} {share:.0%}" in out
     assert "<- chosen" in out
 
 

@@ -222,3 +222,11 @@ def test_every_shipped_device_loads_and_says_where_it_is_from(name):
 def test_an_unknown_device_is_refused_with_those_there_are():
     with pytest.raises(UsageError, match=r"no device 'fridge' ships: choose one of "):
         shipped_device("fridge")
+
+
+def test_shares_say_what_kinds_of_operators_take_the_time():
+    found = device().predict((replace(LINEAR, dtype="int8"), ADD))
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert list(found.shares.values()) == sorted(found.shares.values(), reverse=True)
+    added = terms_of((ADD,))["elementwise"] * device().costs["elementwise"]
+    assert found.shares["elementwise"] == pytest.approx(added / found.ms)
