@@ -10,14 +10,16 @@ from tests.tiny_bundle import FakeEngine, write_bundle
 
 
 class Paced(FakeEngine):
-    """Takes 20 ms for the full graph, and counts runs."""
+    """Takes 20 ms for the full graph, counts runs, and knows what was loaded together."""
 
     def __init__(self) -> None:
         super().__init__()
         self.runs: dict[str, int] = {}
+        self.together: set[frozenset[str]] = set()
 
     def run(self, graph, inputs):
         self.runs[graph] = self.runs.get(graph, 0) + 1
+        self.together.add(frozenset(self.loaded))
         if graph == "denoise":
             time.sleep(0.02)
         return super().run(graph, inputs)
@@ -35,13 +37,22 @@ def test_every_graph_is_timed_with_inputs_of_its_shapes_in_the_company_of_a_pict
     # four rounds, and once more the full graph, guided, before the steps that run no graph
     expected = {graph: 4 * runs for graph, runs in RUNS_PER_ROUND.items()}
     assert engine.runs == {**expected, "denoise": expected["denoise"] + 2}
-    assert engine.calls[:11] == ["encode"] * 2 + ["denoise"] * 4 + ["denoise_shallow"] * 4 + [
-        "decode"
+    first = engine.calls.index("denoise")
+    assert engine.calls[first : first + 9] == ["denoise"] * 4 + ["denoise_shallow"] * 4 + [
+        "denoise"
     ]
     assert 0 < profile.step_ms < 20
     assert profile.graphs_ms["denoise"] >= 20
     assert profile.graphs_ms["denoise_shallow"] < profile.graphs_ms["denoise"]
     profile.require_graphs("xnnpack", bundle.manifest.files["graphs.pte"].sha256)
+
+
+def test_no_more_is_loaded_than_a_picture_has_loaded(bundle):
+    engine = Paced()
+    measure_graphs(engine, bundle, rounds=1)
+    denoisers = frozenset({"denoise", "denoise_shallow"})
+    assert engine.together == {frozenset({"encode"}), denoisers, frozenset({"decode"})}
+    assert engine.loaded == {"encode"}  # what a picture runs first
 
 
 def test_a_slow_graph_is_run_less_often(bundle):
