@@ -26,7 +26,8 @@ from runtime.generate import guided_by
 RUNS_PER_ROUND = {"encode": 2, "denoise": 4, "denoise_shallow": 4, "decode": 1}
 # what a picture has loaded together, last first: its first graph then is loaded already
 _STAGES = (("decode",), ("denoise", "denoise_shallow"), ("encode",))
-_STUDENTS_T = (12.706, 4.303, 3.182, 2.776)  # 0.975 quantile, of 1 to 4 degrees of freedom
+# 0.975 quantile, of 1 to 11 degrees of freedom
+_STUDENTS_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
 
 
 @dataclass(frozen=True, slots=True)
