@@ -25,7 +25,7 @@ _AT_MOST_EACH_S = 4.0  # likewise, in one process
 _PROCESSES = 12  # that the rounds are done in
 # between their starts: what the clock and the neighbours on a shared processor do over seconds
 # would be alike in processes that follow at once, and their medians then tell too little of it
-_APART_S = 5.0
+_APART_S = 7.0
 _WARM_LOADS = 3
 
 

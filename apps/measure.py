@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "4 of denoise, 4 of denoise_shallow, 1 of decode; on this machine twelve processes share "
         "them (default: 120, or as many as fit 20 seconds a graph)")  # fmt: skip
     add("--quick", action="store_true", help="start the processes at once one after the other, not "
-        "five seconds apart: the stated spread then leaves out what the machine does over a "
+        "seven seconds apart: the stated spread then leaves out what the machine does over a "
         "minute")  # fmt: skip
     add("--sustain", type=_seconds, default=0.0, metavar="S", help="then run the full graph for "
         "S seconds and say how much slower it got")  # fmt: skip
