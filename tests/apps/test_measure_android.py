@@ -176,6 +176,9 @@ def test_no_adb_no_runner_file_no_runner(home, monkeypatch, capsys):
     assert "--device android needs --runner PATH" in capsys.readouterr().err
     assert main(["measure", "bundle", "--runner", "x"]) == 2
     assert "--runner and --serial are for --device android" in capsys.readouterr().err
+    words = ["measure", "bundle", "--device", "android", "--runner", "runner", "--quick"]
+    assert main(words) == 2
+    assert "--quick is for this machine: leave --device out" in capsys.readouterr().err
 
 
 def test_a_runner_that_is_no_file_is_named(measure):
