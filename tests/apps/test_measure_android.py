@@ -100,7 +100,7 @@ def test_a_phone_that_cannot_be_used_is_named(phone, measure, rows, words, sente
 
 def test_one_of_two_phones_is_chosen_by_its_serial(phone, measure):
     phone.attached("P1\tdevice", "P2\tdevice")
-    assert measure("--serial", "P2", "--rounds", "1")[0] == 0
+    assert measure("--serial", "P2", "--rounds", "1", "--timing-only")[0] == 0
     assert "-s P2 push" in phone.log
     assert "-s P1" not in phone.log
 
