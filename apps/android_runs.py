@@ -18,6 +18,7 @@ from runtime.measurement import Measurement
 
 _ROUNDS = 5
 _WARM_UP_RUNS, _RUNS = 2, 10  # of each call of the runner
+_WATCHED_MS = 500.0  # how long runs last while their memory is looked at, now and then
 
 
 def measure_android(args: argparse.Namespace, bundle: Bundle, measurement: Measurement) -> None:
@@ -42,8 +43,8 @@ def measure_android(args: argparse.Namespace, bundle: Bundle, measurement: Measu
         if args.sustain:
             _sustain(runner, measurement, args.sustain)
         measurement.conditions["thermal_status_after"] = thermal_status(phone)
-        for graph in tqdm([] if args.timing_only else bundle.graphs, "memory", unit="graph"):
-            measurement.peak_memory_mib[graph] = runner.peak_memory_mib(graph)
+        if not args.timing_only:
+            _watch_memory(runner, bundle.graphs, measurement)
 
 
 def _time(
@@ -64,6 +65,13 @@ def _time(
                     measurement.load_ms[graph] = {"warm": median(loads[graph])}
                 bar.update()
             measurement.conditions["rounds"] = index + 1
+
+
+def _watch_memory(runner: PhoneRunner, graphs: Sequence[str], measurement: Measurement) -> None:
+    taken_ms = {graph: median(own) for graph, own in counted_ms(measurement.runs).items()}
+    for graph in tqdm(graphs, "memory", unit="graph"):
+        runs = math.ceil(_WATCHED_MS / taken_ms[graph]) + 1
+        measurement.peak_memory_mib[graph] = runner.peak_memory_mib(graph, runs)
 
 
 def _sustain(runner: PhoneRunner, measurement: Measurement, for_s: float) -> None:

@@ -53,7 +53,7 @@ examples:
   cq-edge generate demo "a small green ring" --seed 7 --num-images 4 -o rings/
   cq-edge generate demo "a white cross" --plan full            every step runs the full graph
   cq-edge generate demo "a white cross" --plan full-steps:10   the 10 best places for it
-  cq-edge generate demo "a white cross" --budget-ms 500        the best picture by then
+  cq-edge generate demo "a white cross" --budget-ms 5000       the best picture by then
   cq-edge generate demo "a white cross" --compare-full         how much time, which picture?
   cq-edge generate demo "a white cross" --engine coreml        with the Core ML graphs"""
 

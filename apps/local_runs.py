@@ -4,6 +4,8 @@ import argparse
 import math
 from contextlib import closing
 from statistics import median
+from time import perf_counter, sleep
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,12 +16,16 @@ from runtime.fresh_process import Fresh, MakeEngine, load_and_run
 from runtime.fresh_rounds import fresh_rounds
 from runtime.measure import RUNS_PER_ROUND, step_ms
 from runtime.measurement import Measurement
-from runtime.noise import Noise, Watched
+from runtime.noise import Noise, Watched, speed_conditions
 from runtime.sustain import sustained_runs
 
-_ROUNDS = 50
+_ROUNDS = 120
 _AT_MOST_S = 20.0  # of each graph, where the user names no number of rounds
-_PROCESSES = 5  # that the rounds are done in
+_AT_MOST_EACH_S = 4.0  # likewise, in one process
+_PROCESSES = 12  # that the rounds are done in
+# between their starts: what the clock and the neighbours on a shared processor do over seconds
+# would be alike in processes that follow at once, and their medians then tell too little of it
+_APART_S = 7.0
 _WARM_LOADS = 3
 
 
@@ -44,12 +50,15 @@ def measure_here(
 def _time(
     args: argparse.Namespace, bundle: Bundle, measurement: Measurement, make_engine: MakeEngine
 ) -> None:
-    """Times the graphs in fresh processes, one after the other; none follows once a graph has
+    """Times the graphs in fresh processes, some seconds apart; none follows once a graph has
     taken its time."""
     rounds = _ROUNDS if args.rounds is None else args.rounds
-    at_most_s = _AT_MOST_S if args.rounds is None else math.inf
+    at_most_s, each_s = _AT_MOST_S, _AT_MOST_EACH_S
+    if args.rounds is not None:
+        at_most_s = each_s = math.inf
     processes = min(_PROCESSES, rounds)
     watched: dict[int, Watched] = {}
+    next_s = 0.0
     bar = tqdm(total=(processes + rounds) * sum(RUNS_PER_ROUND.values()), desc="timing", unit="run")
     try:
         for process in range(processes):
@@ -58,8 +67,10 @@ def _time(
             rounds -= share
             if measurement.longest_s > at_most_s:
                 break
-            given, longest_s = (make_engine, bundle, args.threads), at_most_s / processes
-            with closing(fresh_rounds(*given, rounds=share, at_most_s=longest_s)) as found:
+            _wait_until(next_s, bar)
+            next_s = perf_counter() + (0.0 if args.quick else _APART_S)
+            given = (make_engine, bundle, args.threads)
+            with closing(fresh_rounds(*given, rounds=share, at_most_s=each_s)) as found:
                 for each in found:
                     watched[process] = each.watched
                     measurement.add(each.runs, process, done)
@@ -67,7 +78,16 @@ def _time(
     finally:
         bar.close()
         measurement.conditions.update(rounds=measurement.rounds, processes=len(watched))
+        measurement.conditions.update(speed_conditions(list(watched.values())))
         measurement.noise = Noise.of(list(watched.values()))
+
+
+def _wait_until(moment_s: float, bar: "tqdm[Any]") -> None:
+    left_s = moment_s - perf_counter()
+    if left_s > 0:
+        bar.set_postfix_str("waiting, to see other moments")
+        sleep(left_s)
+        bar.set_postfix_str("")
 
 
 def _sustain(engine: Engine, bundle: Bundle, measurement: Measurement, for_s: float) -> None:

@@ -26,9 +26,9 @@ _DEVICES = ("here", "android", "ios")
 
 _DESCRIPTION = """\
 Times every graph of a bundle: percentiles over runs in the order and company of a picture, in
-several processes, since all runs of one can be slower than those of the next; loading with the
-file on the disk and in the cache, peak memory in a process of its own, and, with --sustain,
-whether the device gets slower when it works for long. Says whether the machine
+several processes over a minute, since all runs of one can be slower than those of the next;
+loading with the file on the disk and in the cache, peak memory in a process of its own, and,
+with --sustain, whether the device gets slower when it works for long. Says whether the machine
 was quiet. What -o writes is a device profile: `plan` and `generate` plan from it, with no
 export. Ctrl-C stops, and keeps what was measured."""
 
@@ -54,8 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the bundle's first)")  # fmt: skip
     add("--threads", type=at_least(1), metavar="N", help="(default: one per core)")
     add("--rounds", type=at_least(1), metavar="N", help="rounds of runs; each holds 2 of encode, "
-        "4 of denoise, 4 of denoise_shallow, 1 of decode; on this machine five processes share "
-        "them (default: 50, or as many as fit 20 seconds a graph)")  # fmt: skip
+        "4 of denoise, 4 of denoise_shallow, 1 of decode; on this machine twelve processes share "
+        "them (default: 120, or as many as fit 20 seconds a graph)")  # fmt: skip
+    add("--quick", action="store_true", help="start the processes at once one after the other, not "
+        "seven seconds apart: the stated spread then leaves out what the machine does over a "
+        "minute")  # fmt: skip
     add("--sustain", type=_seconds, default=0.0, metavar="S", help="then run the full graph for "
         "S seconds and say how much slower it got")  # fmt: skip
     add("--blocks", metavar="MODEL", help="also time the parts of the full graph, each exported "
@@ -128,6 +131,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError("--blocks is for this machine: leave --device out")
     if args.operators and args.device != "here":
         raise UsageError("--operators is for this machine: leave --device out")
+    if args.quick and args.device != "here":
+        raise UsageError("--quick is for this machine: leave --device out")
     if args.device != "ios" and args.team is not None:
         raise UsageError("--team is for --device ios")
     if args.device == "android" and args.runner is None:

@@ -23,7 +23,7 @@ _COLUMNS: Mapping[str, Callable[[GraphFigures], str]] = {
     "warm": lambda row: _number(row.load_ms.get("warm")),
     "MiB": lambda row: _number(row.peak_memory_mib),
 }
-_ANOTHER = "the median of another process lies within, 95 of 100 times, ms"
+_ANOTHER = "the medians of 95 of 100 processes lie within, with 95 % confidence, ms"
 _MOST_OPERATORS, _MOST_ON_SCREEN = 40, 15  # that the report shows, and the screen
 _OPERATOR_COLUMNS = ("graph", "operator", "unit", "p50 ms")
 _OPERATORS_TITLES = {

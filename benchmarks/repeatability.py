@@ -52,8 +52,9 @@ def _measure(args: argparse.Namespace) -> DeviceProfile:
 
 
 def _lines(profiles: Sequence[DeviceProfile], disturbed: DeviceProfile) -> list[str]:
-    head = ["| run | " + " | ".join(f"{graph}, ms" for graph in GRAPHS) + " | the machine was |",
-            "| --- |" + " --- |" * (len(GRAPHS) + 1)]  # fmt: skip
+    graphs = " | ".join(f"{graph}, ms" for graph in GRAPHS)
+    head = [f"| run | {graphs} | fixed work, ms | the machine was |",
+            "| --- |" + " --- |" * (len(GRAPHS) + 2)]  # fmt: skip
     rows = [_row(str(number), profile) for number, profile in enumerate(profiles, 1)]
     pairs = list(combinations(profiles, 2))
 
@@ -67,11 +68,13 @@ def _lines(profiles: Sequence[DeviceProfile], disturbed: DeviceProfile) -> list[
         *head,
         *rows,
         _row("with a busy process", disturbed),
-        f"| pairs of runs that agree | {agreeing('low_ms', 'high_ms')} | |",
-        f"| medians within p10 to p90 | {agreeing('p10_ms', 'p90_ms')} | |",
+        f"| pairs of runs that agree | {agreeing('low_ms', 'high_ms')} | | |",
+        f"| medians within p10 to p90 | {agreeing('p10_ms', 'p90_ms')} | | |",
         "",
-        "Median (the stated spread: where the median of another process lies, 95 of 100 times; p10 "
-        "to p90 of all runs). Two runs agree where each one's median lies within the other's "
+        "Median (the stated spread: where the medians of 95 of 100 processes lie, with 95 % "
+        "confidence; p10 to p90 of all runs). Fixed work: what sines take that `measure` computes "
+        "after every round (in the slowest process over in the fastest), which tells the "
+        "processor's clock. Two runs agree where each one's median lies within the other's "
         f"stated spread. Conditions: {said['processor']}, {said['cores']} cores, {said['engine']}, "
         f"{said['threads']} threads, {said['rounds']} rounds in {said['processes']} processes a "
         "run.",
@@ -83,7 +86,9 @@ def _row(name: str, profile: DeviceProfile) -> str:
         f"{r.p50_ms:.2f} ({r.low_ms:.2f}–{r.high_ms:.2f}; {r.p10_ms:.2f}–{r.p90_ms:.2f})"
         for r in (profile.figures[graph] for graph in GRAPHS)
     ]
-    return f"| {name} | {' | '.join(cells)} | {profile.conditions['noise']} |"
+    said = profile.conditions
+    work = f"{said['work_ms']:.3f} ({said['work_drift']:.3f} times)"
+    return f"| {name} | {' | '.join(cells)} | {work} | {said['noise']} |"
 
 
 def _agreeing(pairs: Sequence[tuple[GraphFigures, GraphFigures]], low: str, high: str) -> int:

@@ -30,8 +30,8 @@ class _State(NamedTuple):
 class ErrorParts(NamedTuple):
     """What a plan errs by: `reuse` is an amplitude, `noise` a mean square, of the final latents."""
 
-    reuse: float = 0.0
-    noise: float = 0.0
+    reuse: float
+    noise: float
 
     @property
     def total(self) -> float:
@@ -74,15 +74,14 @@ class ReuseErrors:
             )
         state, found = _State(), self._first
         for step, mode in enumerate(schedule.modes[1:], start=1):
-            moves = self._moves(step, state)
-            after, added = next(((a, e) for name, a, e in moves if name is mode), (None, None))
-            if after is None or added is None:
-                allowed = " or ".join(name for name, *_ in self._moves(step, state))
+            moves = {name: (after, added) for name, after, added in self._moves(step, state)}
+            if mode not in moves:
+                allowed = " or ".join(moves)
                 raise ScheduleError(
                     f"step {step} of {schedule.to_string()} is {mode}, but what it would build on "
                     f"is further back than was measured: make it {allowed}"
                 )
-            state = after
+            state, added = moves[mode]
             found = ErrorParts(found.reuse + added.reuse, found.noise + added.noise)
         return found
 

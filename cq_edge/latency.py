@@ -29,8 +29,8 @@ class GraphFigures:
     Attributes:
         p50_ms: Median of a run; above 0, as every figure here.
         p10_ms: A tenth of the runs took this or less; p90_ms and p99_ms likewise.
-        low_ms: With high_ms the spread that is stated: the median of one more process lies between
-            them, 95 of 100 times. None, both, where one process alone ran.
+        low_ms: With high_ms the spread that is stated: the medians of 95 of 100 processes lie
+            between them, with 95 % confidence. None, both, where one process alone ran.
         load_ms: Of loading it in a fresh process: "cold" with its file read from the disk,
             "warm" with the file in the system's cache.
         peak_memory_mib: What the graph adds to a process that loads and runs it.

@@ -22,6 +22,9 @@ MANIFEST_FILE = "manifest.json"
 EXACT_PARITY_DB = 200.0
 """Stands for a graph that equals its float module bit for bit: JSON has no infinity."""
 
+TOKEN_INPUTS = ("input_ids", "input_ids_2")
+"""Of the encode graph, one for each tokenizer."""
+
 GUIDANCES = ("two_calls", "embedded", "none")
 _EMPTY_PROMPTS = ("encoded", "zeros")
 _DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cq_edge.manifest import TensorSpec
+from cq_edge.manifest import TOKEN_INPUTS, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,12 @@ def graph_specs(
     channels, height, width = latents
     noisy = TensorSpec("latents", (1, channels, height, width), "float32")
     timestep = TensorSpec("timestep", (1,), "float32")
-    ids = [TensorSpec("input_ids", (1, token_count), "int64")]
+    ids = [TensorSpec(TOKEN_INPUTS[0], (1, token_count), "int64")]
     encoded = []
     if embedding_width is not None:
         encoded.append(TensorSpec("embeddings", (1, token_count, embedding_width), "float32"))
     if pooled_width is not None:
-        ids.append(TensorSpec("input_ids_2", (1, token_count), "int64"))
+        ids.append(TensorSpec(TOKEN_INPUTS[1], (1, token_count), "int64"))
         encoded.append(TensorSpec("pooled", (1, pooled_width), "float32"))
     scale = [TensorSpec("guidance_scale", (1,), "float32")] if takes_guidance else []
     feature = TensorSpec("cached_feature", (1, feature_channels, height, width), "float32")

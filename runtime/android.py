@@ -18,7 +18,6 @@ from runtime.measure import sample_inputs
 
 _FOLDER = "/data/local/tmp"  # where adb's user may write and run programs
 _RUNNER, _PID = "executor_runner", "pid"
-_PEAK_RUNS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +48,20 @@ class PhoneRunner:
         command = f"cd {self.folder} && echo $$ > {_PID} && exec {self._call(graph, runs)}"
         return read_runner(self._checked(graph, f"sh -c {shlex.quote(command)}"), runs)
 
-    def peak_memory_mib(self, graph: str) -> float:
+    def peak_memory_mib(self, graph: str, runs: int) -> float:
         """Returns the largest resident memory of the runner's process; a pass of its own, since
         watching it slows the run.
+
+        Args:
+            graph: Its name.
+            runs: In one process; together they must take longer than looks at it lie apart.
 
         Raises:
             DeviceError: As `run`.
         """
         # a process that has ended has no such line any more
         watch = "while grep VmHWM /proc/$p/status 2>/dev/null; do sleep 0.05; done"
-        call = self._call(graph, _PEAK_RUNS)
+        call = self._call(graph, runs)
         command = f"cd {self.folder} && {{ {call} & p=$!; echo $p > {_PID}; {watch}; wait $p; }}"
         said = self._checked(graph, f"sh -c {shlex.quote(command)}")
         peaks = [line.split()[1] for line in said.splitlines() if line.startswith("VmHWM:")]

@@ -46,7 +46,7 @@ def _rounds(
 ) -> Iterator[Round]:
     engine = make_engine(bundle, threads)
     watch = NoiseWatch(threads or cores())
-    timed = timed_runs(engine, bundle, rounds=rounds, at_most_s=at_most_s)
+    timed = timed_runs(engine, bundle, bundle.graphs, rounds=rounds, at_most_s=at_most_s)
     for _, runs in groupby(timed, key=lambda run: run.round_index):
         done = tuple(runs)
         watch.tick()

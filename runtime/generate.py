@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cq_edge.manifest import Manifest
+from cq_edge.manifest import TOKEN_INPUTS, Manifest
 from runtime.denoise import Context, Guidance
 from runtime.engine import Engine
 from runtime.tokenizer import ClipTokenizer
@@ -25,9 +25,8 @@ def encode_prompt(
         `embeddings` (1, 77, D) float32, and of two text encoders `pooled` (1, P); and text, ""
         if all of it fitted.
     """
-    names = ("input_ids", "input_ids_2")
     encoded = [tokenizer.encode(text) for tokenizer in tokenizers]
-    ids = {name: each for name, (each, _) in zip(names, encoded, strict=False)}
+    ids = {name: each for name, (each, _) in zip(TOKEN_INPUTS, encoded, strict=False)}
     cut = max((cut for _, cut in encoded), key=len)
     return engine.run("encode", ids), cut
 

@@ -24,7 +24,13 @@ from runtime.generate import guided_by
 # before decides what lies in the caches and which memory must be fetched again, so that a graph
 # timed alone, or in other company, is another measurement
 RUNS_PER_ROUND = {"encode": 2, "denoise": 4, "denoise_shallow": 4, "decode": 1}
-_STUDENTS_T = (12.706, 4.303, 3.182, 2.776)  # 0.975 quantile, of 1 to 4 degrees of freedom
+# what a picture has loaded together, last first: its first graph then is loaded already
+_STAGES = (("decode",), ("denoise", "denoise_shallow"), ("encode",))
+# how many standard deviations either side of the mean hold 95 % of a normal distribution with 95 %
+# confidence, by 2 to 12 values
+_TOLERANCE_FACTORS = (
+    38.281, 9.993, 6.399, 5.094, 4.423, 4.013, 3.736, 3.535, 3.382, 3.261, 3.163,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +56,19 @@ class TimedRun:
 
 
 def timed_runs(
-    engine: Engine, bundle: Bundle, *, rounds: int, at_most_s: float = math.inf
+    engine: Engine,
+    bundle: Bundle,
+    graphs: Sequence[str],
+    *,
+    rounds: int,
+    at_most_s: float = math.inf,
 ) -> Iterator[TimedRun]:
-    """Runs all graphs in rounds, so that what slows the machine for a while slows all alike.
+    """Runs graphs in rounds, so that what slows the machine for a while slows all alike.
 
     Args:
         engine: Runs them; keeps them loaded.
         bundle: Whose graphs they are.
+        graphs: Their names.
         rounds: After one to warm up; see `RUNS_PER_ROUND`.
         at_most_s: A graph that has run this long, warm-up included, is left out of what follows;
             each runs once at least.
@@ -64,7 +76,7 @@ def timed_runs(
     Returns:
         An iterator of the runs as they are done. Stopping early is allowed.
     """
-    inputs = {graph: sample_inputs(bundle, graph) for graph in bundle.graphs}
+    inputs = {graph: sample_inputs(bundle, graph) for graph in graphs}
     for graph in inputs:
         engine.load(graph)
     spent_ms = dict.fromkeys(inputs, 0.0)
@@ -97,22 +109,27 @@ def counted_ms(runs: Sequence[TimedRun]) -> dict[str, list[float]]:
 
 
 def figures(runs: Sequence[TimedRun]) -> GraphFigures:
-    """Returns the quantiles of a graph's runs, all of which count, and the range of one more
-    process's median, ms."""
+    """Returns the quantiles of a graph's runs, all of which count, and the range of other
+    processes' medians, ms."""
     quantiles = np.percentile([run.taken_ms for run in runs], (10, 50, 90, 99))
     p10, p50, p90, p99 = (max(1e-5, round(float(q), 5)) for q in quantiles)
     found = GraphFigures(p50, p10, p90, p99, runs=len(runs))
     factor = _factor_of_processes(runs)
     if factor is None:
         return found
-    return replace(found, low_ms=round(p50 / factor, 6), high_ms=round(p50 * factor, 5))
+    low_ms = max(1e-6, round(p50 / factor, 6))
+    return replace(found, low_ms=low_ms, high_ms=round(p50 * factor, 5))
 
 
 def _factor_of_processes(runs: Sequence[TimedRun]) -> float | None:
-    """Returns within which factor of the median one more process's lies, 95 of 100 times; None
-    of a single process.
+    """Returns within which factor of the median those of 95 of 100 processes lie, with 95 %
+    confidence; None of a single process.
 
-    Source: Student's prediction interval for one more value, of the logarithms of the medians.
+    Source: W. G. Howe, "Two-sided tolerance limits for normal populations" (1969): the standard
+    deviation of the logarithms of the medians times z·sqrt((n − 1)(1 + 1/n)/χ²), z the 0.975
+    quantile, χ² the 0.05 quantile of n − 1 degrees of freedom. A prediction interval, which is
+    narrower, holds what it says on the average of measurements: one that saw a calm minute says
+    too little, and two must agree.
     """
     by_process: dict[int, list[float]] = {}
     for run in runs:
@@ -121,8 +138,7 @@ def _factor_of_processes(runs: Sequence[TimedRun]) -> float | None:
     if count < 2:
         return None
     deviation = float(np.std(np.log([median(ms) for ms in by_process.values()]), ddof=1))
-    t = _STUDENTS_T[min(count - 1, len(_STUDENTS_T)) - 1]
-    return math.exp(t * deviation * math.sqrt(1 + 1 / count))
+    return math.exp(_TOLERANCE_FACTORS[min(count, 1 + len(_TOLERANCE_FACTORS)) - 2] * deviation)
 
 
 def measure_graphs(
@@ -130,18 +146,28 @@ def measure_graphs(
 ) -> DeviceProfile:
     """Returns the median milliseconds of each graph, loading apart.
 
+    Loads together what a picture does (see `_STAGES`), so that no more memory is needed.
+
     Args:
-        engine: Runs them; keeps them loaded.
+        engine: Runs them; what a picture loads first is left loaded.
         bundle: Whose graphs they are.
         rounds: See `timed_runs`.
         at_most_s: Likewise.
     """
-    times = counted_ms(list(timed_runs(engine, bundle, rounds=rounds, at_most_s=at_most_s)))
+    graphs_ms: dict[str, float] = {}
+    stages = [[graph for graph in stage if graph in bundle.graphs] for stage in _STAGES]
+    for graphs in filter(None, stages):  # some models have no `encode`
+        for graph in graphs_ms:
+            engine.unload(graph)
+        runs = list(timed_runs(engine, bundle, graphs, rounds=rounds, at_most_s=at_most_s))
+        graphs_ms |= {graph: median(taken) for graph, taken in counted_ms(runs).items()}
+        if "denoise" in graphs:
+            beside_ms = step_ms(engine, bundle)
     return DeviceProfile(
         bundle.manifest.graph("denoise").backend,
         bundle.graphs_sha256(),
-        {graph: median(taken) for graph, taken in times.items()},
-        step_ms(engine, bundle),
+        {graph: graphs_ms[graph] for graph in bundle.graphs},
+        beside_ms,
         {"rounds": rounds},
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Self
 
 import numpy as np
@@ -85,6 +86,25 @@ class Noise:
         if self.stolen_share is not None:
             found["stolen_share"] = round(self.stolen_share, 4)
         return {**found, "work_spread": round(self.work_spread, 3)}
+
+
+def speed_conditions(watched: Sequence[Watched]) -> Mapping[str, float]:
+    """Returns how fast the processor was, as conditions of a device profile.
+
+    Args:
+        watched: Of each process.
+
+    Returns:
+        `work_ms`, the median time of the work that is always the same, and `work_drift`, how many
+        times as long it took in the slowest process as in the fastest.
+    """
+    medians = [median(w.work_ms) for w in watched if w.work_ms]
+    if not medians:
+        return {}
+    return {
+        "work_ms": round(median(medians), 4),
+        "work_drift": round(max(medians) / min(medians), 4),
+    }
 
 
 class NoiseWatch:

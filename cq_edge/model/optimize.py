@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, from_numpy, nn
 
 from cq_edge.errors import UsageError
+from cq_edge.manifest import TOKEN_INPUTS
 from cq_edge.model.capture import RUNS, Calibration, capture
 from cq_edge.model.eight_bit_unet import eight_bit_unet
 from cq_edge.model.graphs import decode_graph
@@ -25,8 +26,6 @@ from cq_edge.model.trajectory import FullGraph, Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 QUANTIZATIONS = ("int8", "none")
-ID_NAMES = ("input_ids", "input_ids_2")
-"""Of the encode graph's inputs, one for each tokenizer."""
 _COMPARED_PROMPTS = 4  # what noise schedulers and steps are compared on
 _TRIAL_PROMPTS, _TRIAL_STEPS = 2, 5  # what layers are tried on at four bits
 
@@ -223,8 +222,8 @@ def parity_inputs(
     if text_reference(pipeline) is None:
         return found
     ids = [token_ids(pipeline, text) for text in config.prompts]
-    return {"encode": [dict(zip(ID_NAMES, map(Tensor.numpy, each), strict=False)) for each in ids],
-            **found}  # fmt: skip
+    arrays = [map(Tensor.numpy, each) for each in ids]
+    return {"encode": [dict(zip(TOKEN_INPUTS, each, strict=False)) for each in arrays], **found}
 
 
 def _reference(

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_profile_the_report_and_the_screen_hold_every_graph(home, capsys):
-    words = ["measure", "bundle", "--rounds", "3", "--sustain", "0.2", "--threads", "1"]
-    assert main([*words, "-o", "here.json", "--html", "here.html"]) == 0
+    words = ["measure", "bundle", "--rounds", "3", "--sustain", "0.2", "--quick"]
+    assert main([*words, "--threads", "1", "-o", "here.json", "--html", "here.html"]) == 0
     screen = capsys.readouterr().out
     profile = DeviceProfile.load(home / "here.json")
     for graph in GRAPHS:
@@ -36,9 +36,25 @@ def test_the_profile_the_report_and_the_screen_hold_every_graph(home, capsys):
     assert profile.conditions["complete"] == "yes"
     assert (profile.conditions["rounds"], profile.conditions["processes"]) == (3, 3)
     assert profile.conditions["sustained_drift"] > 0
+    assert 0 < profile.conditions["work_ms"] < 50
+    assert profile.conditions["work_drift"] >= 1
     page = (home / "here.html").read_text()
     assert page.count("data:image/png;base64,") == 2  # every run, and without a pause
     assert not re.search('(src|href)=(?!"data:)', page)
+
+
+def test_processes_start_some_seconds_apart_unless_it_is_to_be_quick(home, capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr("apps.local_runs.sleep", waited.append)
+    monkeypatch.setattr("apps.local_runs._APART_S", 1000)
+    words = ["measure", str(home / "bundle"), "--rounds", "3", "--timing-only"]
+    assert main(words) == 0
+    assert len(waited) == 2  # before the second and the third
+    assert all(900 < seconds < 1000 for seconds in waited)
+    assert "waiting, to see other moments" in capsys.readouterr().err
+    waited.clear()
+    assert main([*words, "--quick"]) == 0
+    assert waited == []
 
 
 def test_parts_of_the_full_graph_stand_with_their_shares_and_rates(home, capsys, monkeypatch):
@@ -68,7 +84,7 @@ def test_operators_that_a_tracer_tells_of_are_shown(home, capsys, monkeypatch):
 
 
 def test_plan_and_generate_work_from_what_measure_wrote(home, capsys, monkeypatch):
-    words = ["--rounds", "2", "--timing-only", "--json", "-o", "here.json"]
+    words = ["--rounds", "2", "--quick", "--timing-only", "--json", "-o", "here.json"]
     assert main(["measure", "bundle", *words]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((home / "here.json").read_text())
@@ -136,7 +152,7 @@ def test_an_iphone_is_measured_from_a_mac_only(home, capsys, monkeypatch):
     ("words", "stage"),
     [
         (["--rounds", "100000", "--threads", "1"], r"timing: +\d+%.* [1-9]\d\d+/"),
-        (["--rounds", "2", "--threads", "1"], r"loading: +0%"),
+        (["--rounds", "2", "--quick", "--threads", "1"], r"loading: +0%"),
     ],
     ids=["while timing", "while loading"],
 )

@@ -100,7 +100,7 @@ def test_a_phone_that_cannot_be_used_is_named(phone, measure, rows, words, sente
 
 def test_one_of_two_phones_is_chosen_by_its_serial(phone, measure):
     phone.attached("P1\tdevice", "P2\tdevice")
-    assert measure("--serial", "P2", "--rounds", "1")[0] == 0
+    assert measure("--serial", "P2", "--rounds", "1", "--timing-only")[0] == 0
     assert "-s P2 push" in phone.log
     assert "-s P1" not in phone.log
 
@@ -176,6 +176,9 @@ def test_no_adb_no_runner_file_no_runner(home, monkeypatch, capsys):
     assert "--device android needs --runner PATH" in capsys.readouterr().err
     assert main(["measure", "bundle", "--runner", "x"]) == 2
     assert "--runner and --serial are for --device android" in capsys.readouterr().err
+    words = ["measure", "bundle", "--device", "android", "--runner", "runner", "--quick"]
+    assert main(words) == 2
+    assert "--quick is for this machine: leave --device out" in capsys.readouterr().err
 
 
 def test_a_runner_that_is_no_file_is_named(measure):

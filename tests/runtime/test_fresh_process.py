@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from apps.engines import ENGINES
 from cq_edge.errors import BundleError
+from runtime.bundle import open_bundle
 from runtime.fresh_process import load_and_run
 from tests.tiny_bundle import FakeEngine
 
@@ -41,12 +43,17 @@ def test_a_real_graph_is_loaded_and_run_in_another_process(real_bundle):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
-def test_a_cold_load_reads_the_disk(real_bundle):
-    warm = load_and_run(ENGINES["xnnpack"], real_bundle, 1, "decode", cold=False)
-    assert warm.read_mib == 0
-    if real_bundle.folder.stat().st_dev != Path("/dev/shm").stat().st_dev:
-        cold = load_and_run(ENGINES["xnnpack"], real_bundle, 1, "decode", cold=True)
-        assert cold.read_mib > 0
+def test_a_cold_load_reads_the_disk(real_bundle, tmp_path):
+    # of its own: what another engine in this process has mapped cannot be dropped
+    bundle = open_bundle(shutil.copytree(real_bundle.folder, tmp_path / "bundle"))
+
+    def read_mib(*, cold):
+        return load_and_run(ENGINES["xnnpack"], bundle, 1, "decode", cold=cold).read_mib
+
+    # a system that is short of memory lets go of the libraries' pages, and reads them again
+    assert any(read_mib(cold=False) == 0 for _ in range(5))
+    if tmp_path.stat().st_dev != Path("/dev/shm").stat().st_dev:
+        assert read_mib(cold=True) > 0
 
 
 def test_the_peak_is_what_the_graph_adds(bundle):

@@ -1,7 +1,9 @@
+import math
 import time
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from runtime.bundle import open_bundle
 from runtime.measure import RUNS_PER_ROUND, TimedRun, counted_ms, figures, measure_graphs
@@ -10,14 +12,16 @@ from tests.tiny_bundle import FakeEngine, write_bundle
 
 
 class Paced(FakeEngine):
-    """Takes 20 ms for the full graph, and counts runs."""
+    """Takes 20 ms for the full graph, counts runs, and knows what was loaded together."""
 
     def __init__(self) -> None:
         super().__init__()
         self.runs: dict[str, int] = {}
+        self.together: set[frozenset[str]] = set()
 
     def run(self, graph, inputs):
         self.runs[graph] = self.runs.get(graph, 0) + 1
+        self.together.add(frozenset(self.loaded))
         if graph == "denoise":
             time.sleep(0.02)
         return super().run(graph, inputs)
@@ -35,13 +39,22 @@ def test_every_graph_is_timed_with_inputs_of_its_shapes_in_the_company_of_a_pict
     # four rounds, and once more the full graph, guided, before the steps that run no graph
     expected = {graph: 4 * runs for graph, runs in RUNS_PER_ROUND.items()}
     assert engine.runs == {**expected, "denoise": expected["denoise"] + 2}
-    assert engine.calls[:11] == ["encode"] * 2 + ["denoise"] * 4 + ["denoise_shallow"] * 4 + [
-        "decode"
+    first = engine.calls.index("denoise")
+    assert engine.calls[first : first + 9] == ["denoise"] * 4 + ["denoise_shallow"] * 4 + [
+        "denoise"
     ]
     assert 0 < profile.step_ms < 20
     assert profile.graphs_ms["denoise"] >= 20
     assert profile.graphs_ms["denoise_shallow"] < profile.graphs_ms["denoise"]
     profile.require_graphs("xnnpack", bundle.manifest.files["graphs.pte"].sha256)
+
+
+def test_no_more_is_loaded_than_a_picture_has_loaded(bundle):
+    engine = Paced()
+    measure_graphs(engine, bundle, rounds=1)
+    denoisers = frozenset({"denoise", "denoise_shallow"})
+    assert engine.together == {frozenset({"encode"}), denoisers, frozenset({"decode"})}
+    assert engine.loaded == {"encode"}  # what a picture runs first
 
 
 def test_a_slow_graph_is_run_less_often(bundle):
@@ -69,8 +82,8 @@ def test_quantiles_are_numpys():
 
 
 def _run_of_processes(rng):
-    """The runs of five processes, some slower by a few percent throughout."""
-    levels = 10 * np.exp(rng.normal(0, 0.03, 5))
+    """The runs of twelve processes, some slower by a few percent throughout."""
+    levels = 10 * np.exp(rng.normal(0, 0.03, 12))
     return [
         TimedRun(1 + index, "decode", level * rng.normal(1, 0.002), process)
         for process, level in enumerate(levels)
@@ -78,12 +91,26 @@ def _run_of_processes(rng):
     ]
 
 
-def test_the_stated_spread_holds_one_more_process_as_often_as_it_says():
-    rng, held = np.random.default_rng(0), []
+def test_the_stated_spread_holds_as_many_processes_as_it_says_as_often_as_it_says():
+    rng, enough = np.random.default_rng(0), []
     for _ in range(2000):
         row = figures(_run_of_processes(rng))
-        held.append(row.low_ms <= 10 * np.exp(rng.normal(0, 0.03)) <= row.high_ms)
-    assert np.mean(held) == pytest.approx(0.95, abs=0.02)
+        limits = (math.log(ms / 10) / 0.03 / math.sqrt(2) for ms in (row.low_ms, row.high_ms))
+        below, above = ((1 + math.erf(limit)) / 2 for limit in limits)
+        enough.append(above - below >= 0.95)
+    assert np.mean(enough) == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("count", [2, 5, 12, 30])
+def test_the_stated_spread_is_a_tolerance_interval(count):
+    medians = np.exp(np.random.default_rng(count).normal(1, 0.02, count))
+    row = figures([TimedRun(1, "decode", ms, process) for process, ms in enumerate(medians)])
+    n = min(count, 12)  # more processes than that count as so many
+    chi2 = scipy.stats.chi2.ppf(0.05, n - 1)
+    factor = scipy.stats.norm.ppf(0.975) * np.sqrt((n - 1) * (1 + 1 / n) / chi2)
+    width = np.exp(factor * np.std(np.log(medians), ddof=1))
+    assert row.high_ms == pytest.approx(np.median(medians) * width, rel=1e-3)
+    assert row.low_ms == pytest.approx(np.median(medians) / width, rel=1e-3)
 
 
 def test_two_measurements_lie_within_each_others_stated_spread():

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from cq_edge.latency import QUIET
-from runtime.noise import Noise, NoiseWatch, Watched
+from runtime.noise import Noise, NoiseWatch, Watched, speed_conditions
 
 
 @pytest.fixture
@@ -55,3 +55,10 @@ def test_what_several_processes_saw_counts_by_how_long_they_looked():
     assert found.stolen_share == pytest.approx(0.1 / (os.cpu_count() or 1))
     assert found.work_spread == pytest.approx(1.2)
     assert Noise.of([*seen, Watched(1.0, None, 0.0, ())]).other_cores is None
+
+
+def test_how_fast_the_processor_was_is_told_by_process():
+    works = [(1.0, 1.1, 9.0), (), (1.2, 1.3, 1.2), (1.4,)]
+    seen = [Watched(1.0, 0.0, 0.0, work_ms) for work_ms in works]
+    assert speed_conditions(seen) == {"work_ms": 1.2, "work_drift": 1.2727}
+    assert speed_conditions(seen[1:2]) == {}
