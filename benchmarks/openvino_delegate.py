@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from importlib.metadata import requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import openvino
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +48,7 @@ _FLOAT, _INT8 = "OpenVINO, asked for float32", "OpenVINO int8"
 _OURS = {"XNNPACK float32": "none", "XNNPACK int8": "int8"}
 _ASKED = {"device": "CPU", "INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
 _NO_BFLOAT16 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+_REQUIREMENTS = "benchmarks/openvino-delegate-requirements.txt"
 _LIBRARIES = ("executorch", "openvino", "nncf", "torch")
 
 
@@ -63,11 +64,12 @@ def main() -> None:
     add("--work", type=Path, default=Path("out/openvino_delegate"))
     add("--page", type=Path, default=Path("docs/benchmarks.md"))
     args = parser.parse_args()
+    if find_spec("openvino") is None:
+        parser.error(f"openvino is not installed: pip install -r {_REQUIREMENTS}")
     own = args.work / version("openvino")
     own.mkdir(parents=True, exist_ok=True)
     checks = own / "checks.npz"
     files = _export(own, checks, args.samples)
-    # every row's process takes the same words
     given = (str(checks), f"--threads={args.threads}")
     judged = {name: _child("judge", str(file), *given) for name, file in files.items()}
     usable = {name: file for name, file in files.items() if not isinstance(judged[name], str)}
@@ -208,6 +210,8 @@ def _lower(programs: Mapping[str, Any], path: Path) -> None:
 
 def _child(*words: str, env: Mapping[str, str] | None = None) -> dict[str, Any] | str:
     """Returns what a process of its own found, or how it ended."""
+    import openvino
+
     libs = Path(openvino.__file__).parent / "libs"
     library = next(iter(sorted(libs.glob("libopenvino_c.so*"))), libs)
     done = subprocess.run(
