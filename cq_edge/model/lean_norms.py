@@ -63,9 +63,8 @@ class LeanGroupNorm(nn.Module):
         share = 1.0 / len(stripes)
         mean = reduce(add, [self._over_groups(x) for x in stripes]) * share
         means = self._over_channels(mean)
-        variance = (
-            reduce(add, [self._over_groups(torch.square(x - means)) for x in stripes]) * share
-        )
+        squares = [self._over_groups(torch.square(x - means)) for x in stripes]
+        variance = reduce(add, squares) * share
         factor = self._over_channels(torch.rsqrt(variance + self.epsilon.reshape(1, -1, 1, 1)))
         if self.weight is None:
             return factor, -means * factor

@@ -6,7 +6,7 @@ so that only what a later layer still needs is ever whole. XNNPACK's plan of its
 cannot reuse the place of large pictures well, finds it easier too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,18 +53,16 @@ class StripedDecoder(nn.Module):
 def stripe_decoders(root: nn.Module) -> int:
     """Replaces every Decoder of rewritten resnets below `root` in place and returns how many
     there were; leaves those with other blocks as they are."""
-    found = sum(isinstance(module, Decoder) for module in root.modules())
-    if found and all(map(_is_plain, (m for m in root.modules() if isinstance(m, Decoder)))):
-        replace_modules(root, Decoder, StripedDecoder)
-    return found
+    return replace_modules(root, Decoder, lambda d: StripedDecoder(d) if _is_plain(d) else d)
 
 
 def _is_plain(decoder: Any) -> bool:
     blocks = decoder.up_blocks
-    return isinstance(decoder.conv_norm_out, LeanGroupNorm) and all(
-        isinstance(block, UpDecoderBlock2D)
-        and all(isinstance(r, LeanResnet) for r in block.resnets)
-        for block in blocks
+    resnets = [resnet for block in blocks for resnet in block.resnets]
+    return (
+        isinstance(decoder.conv_norm_out, LeanGroupNorm)
+        and all(isinstance(block, UpDecoderBlock2D) for block in blocks)
+        and all(isinstance(resnet, LeanResnet) for resnet in resnets)
     )
 
 
@@ -112,7 +110,7 @@ def _conv(
     return found
 
 
-def _joined(stripes: Sequence[Tensor]) -> Tensor:
+def _joined(stripes: Stripes) -> Tensor:
     """Returns the whole picture."""
     while len(stripes) > 1:
         ends = range(0, len(stripes), _MOST_CONCATENATED)
