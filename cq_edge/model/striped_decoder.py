@@ -45,7 +45,9 @@ class StripedDecoder(nn.Module):
         stripes = [hidden]
         for block in self.up_blocks:
             if len(stripes) == 1 and _is_large(hidden := stripes[0], block):
-                stripes = list(hidden.split(hidden.shape[2] // STRIPES, dim=2))
+                rows = hidden.shape[2] // STRIPES
+                # slices, and no split: XNNPACK has those
+                stripes = [hidden[:, :, i * rows : (i + 1) * rows] for i in range(STRIPES)]
             stripes = _upper_block(block, stripes)
         return _joined(_normed_conv(self.conv_norm_out, self.conv_out, stripes))
 
