@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from cq_edge.errors import ModelError
 from cq_edge.model.lora import Lora, fuse_loras
@@ -103,9 +103,12 @@ def _from_diffusers(source: str | Path, *, narrow: bool) -> DiffusionPipeline:
 def _stored_dtype(folder: Path) -> torch.dtype:
     """Returns the half-precision dtype that all weights in a folder have; float32 otherwise."""
     found = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    try:
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        return torch.float32  # loading says what is wrong
     halves = {"F16": torch.float16, "BF16": torch.bfloat16}
     return halves.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
