@@ -40,6 +40,7 @@ from apps.whole_number import at_least
 from cq_edge import __version__
 from cq_edge.checks import CHECKS_FILE, Check, Checks, save_checks
 from cq_edge.errors import UsageError
+from cq_edge.freed_memory import give_back
 from cq_edge.manifest import (
     Defaults,
     GraphEntry,
@@ -54,7 +55,6 @@ from cq_edge.manifest import (
 from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig, make_noise_scheduler
 from cq_edge.planner import FEWEST_TO_REUSE, too_few_to_reuse
 from cq_edge.reuse_table import ReuseTable
-from runtime.freed_memory import give_back
 from runtime.peak_memory import peak_memory_mib
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def run(args: argparse.Namespace) -> int:
         from cq_edge.model.text import tokenizers
         from cq_edge.model.vocabulary import write_vocabulary
 
-        pipeline = load_model(args)
+        pipeline = load_model(args, narrow=_keeps_narrow(args))
     stages.end("load")
     if prompts is None:
         prompts = tuple(scene_prompts(8)) if args.model is None else WORLD_PROMPTS
@@ -338,7 +338,7 @@ def run(args: argparse.Namespace) -> int:
             gc.collect()  # the toolchain's graphs refer to themselves
             give_back()
             with quiet_toolchains():
-                pipeline = load_model(args)
+                pipeline = load_model(args, narrow=_keeps_narrow(args))
             optimized = optimized.exported(pipeline, config)
         stages.end("export")
         runs = calibration_steps(len(prompts), totals)
@@ -346,6 +346,7 @@ def run(args: argparse.Namespace) -> int:
             step = progress.update
             calibrations = _calibrate(pipeline, config, optimized, specs, folder, step)
         stages.end("calibrate")
+        give_back()
         inputs = parity_inputs(pipeline, config, calibrations[0])
         for backend in args.backend:
             if backend == "coreml" and packages is not None:
@@ -379,6 +380,13 @@ def run(args: argparse.Namespace) -> int:
     }
     _report(args, summary, builds)
     return 0
+
+
+def _keeps_narrow(args: argparse.Namespace) -> bool:
+    """Returns whether the float UNet is only run, and converted part by part."""
+    sizes = (args.compression, args.target_bytes)
+    plain = args.quantization == "int8" and sizes == (None, None)
+    return plain and tuple(args.backend) == ("executorch",)
 
 
 def _backends(text: str) -> tuple[str, ...]:

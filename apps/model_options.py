@@ -28,8 +28,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "diffusers folder with its configurations")  # fmt: skip
 
 
-def load_model(args: argparse.Namespace) -> "DiffusionPipeline":
-    """Returns the pipeline that the arguments ask for.
+def load_model(args: argparse.Namespace, *, narrow: bool = False) -> "DiffusionPipeline":
+    """Returns the pipeline that the arguments ask for; `narrow` as `load_pipeline` takes it.
 
     Raises:
         ModelError: It cannot be had.
@@ -43,6 +43,7 @@ def load_model(args: argparse.Namespace) -> "DiffusionPipeline":
         prediction_type=args.prediction_type,
         vae=args.vae,
         loras=[Lora(path, weight) for path, weight in args.lora],
+        narrow=narrow,
     )
 
 

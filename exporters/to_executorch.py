@@ -20,10 +20,12 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from cq_edge.errors import ExportError
+from cq_edge.freed_memory import forget_pages, give_back
 from cq_edge.quiet import without_chatter
 from exporters.graph_spec import GraphSpec
 from exporters.operator_report import OperatorReport, operator_report
 from exporters.parity import Arrays
+from exporters.uncopied_constants import uncopied_constants
 from exporters.xnnpack_mend import mended_channels_last_pass
 from exporters.xnnpack_peephole import simplified_xnnpack_graphs
 
@@ -56,7 +58,7 @@ def export_executorch(modules: Modules, path: Path) -> ExportReport:
     with without_chatter():
         programs = {name: _trace(name, *traced) for name, traced in modules.items()}
         try:
-            with mended_channels_last_pass(), simplified_xnnpack_graphs():
+            with mended_channels_last_pass(), simplified_xnnpack_graphs(), uncopied_constants():
                 edge = to_edge_transform_and_lower(
                     programs,
                     partitioner=[XnnpackPartitioner(configs=_partitioner_configs())],
@@ -93,6 +95,7 @@ def load_graph(path: Path, spec: GraphSpec) -> Callable[[Arrays], dict[str, NDAr
         has = ", ".join(sorted(program.method_names))
         raise ExportError(f"{path.name} has no method {spec.name}: it has {has}")
     method = program.load_method(spec.name)
+    forget_pages(path)
 
     def run(arrays: Arrays) -> dict[str, NDArray[np.generic]]:
         inputs = [
@@ -122,6 +125,7 @@ class OneGraphAtATime:
         """
         if self._loaded is None or self._loaded[0] != name:
             self._loaded = None  # before the next is there
+            give_back()
             self._loaded = name, load_graph(self._path, self._specs[name])
         return self._loaded[1](arrays)
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cq_edge.errors import BundleError, UsageError
+from cq_edge.freed_memory import forget_pages, give_back
 from cq_edge.manifest import GraphEntry
 from runtime.bundle import Bundle
-from runtime.freed_memory import forget_pages, give_back
 from runtime.graph_arrays import check_inputs, named_outputs
 
 

@@ -11,6 +11,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from cq_edge.model.narrow_weights import widen
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import FullUNet, Layer, OutputHead, ShallowUNet, TimeEmbedding
@@ -29,7 +30,7 @@ def eight_bit_unet(full: FullUNet, shallow: ShallowUNet) -> nn.ModuleList:
     """Returns both, rewritten for XNNPACK and in int8; equal to doing either to them whole.
 
     Args:
-        full: Float, as `split_unet` returns it; left as it was.
+        full: Float, or narrow, as `split_unet` returns it; left as it was.
         shallow: Likewise; what the two share stays shared.
     """
     both = copied(nn.ModuleList([full, shallow]))
@@ -42,9 +43,11 @@ def eight_bit_unet(full: FullUNet, shallow: ShallowUNet) -> nn.ModuleList:
     replace_modules(both, Layer, converted_layer)
     for name, kind in _PARTS:
         replace_modules(both, kind, partial(_converted, name=name))
+    widen(both)  # what was no part
     return both
 
 
 def _converted(part: nn.Module, name: str) -> nn.Module:
     """Returns a part converted; its name decides which of its layers stay float."""
+    widen(part)
     return quantize_for_xnnpack(rewrite_for_xnnpack(nn.ModuleDict({name: part})))[name]

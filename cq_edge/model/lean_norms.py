@@ -7,6 +7,9 @@ output. What constants this takes depends on the widths alone, so that a file wh
 data once holds next to none.
 """
 
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -50,6 +53,24 @@ class LeanGroupNorm(nn.Module):
         if self.weight is None:
             return scaled
         return F.conv2d(scaled, self.weight, self.bias, groups=x.shape[1])
+
+    def affine(self, stripes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns the factor and the offset, each (B, C, 1, 1), that normalise a picture.
+
+        Args:
+            stripes: The picture's (B, C, H / n, W), n of them; one at a time is squared.
+        """
+        share = 1.0 / len(stripes)
+        mean = reduce(add, [self._over_groups(x) for x in stripes]) * share
+        means = self._over_channels(mean)
+        squares = [self._over_groups(torch.square(x - means)) for x in stripes]
+        variance = reduce(add, squares) * share
+        factor = self._over_channels(torch.rsqrt(variance + self.epsilon.reshape(1, -1, 1, 1)))
+        if self.weight is None:
+            return factor, -means * factor
+        channels = means.shape[1]
+        offset = F.conv2d(-means * factor, self.weight, self.bias, groups=channels)
+        return F.conv2d(factor, self.weight, groups=channels), offset
 
     def _over_groups(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
         """Returns (B, G, 1, 1), each group's mean of (B, C, H, W) plus `offset` (G,)."""

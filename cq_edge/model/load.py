@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
 
 from cq_edge.errors import ModelError
 from cq_edge.model.lora import Lora, fuse_loras
+from cq_edge.model.narrow_weights import widen_while_running
 from cq_edge.model.pickled import refuse_pickle, refuse_pickled_component
 from cq_edge.model.single_file import load_single_file
 from cq_edge.model.vae import replace_vae
@@ -34,6 +36,7 @@ def load_pipeline(
     prediction_type: str | None = None,
     vae: str | Path | None = None,
     loras: Sequence[Lora] = (),
+    narrow: bool = False,
 ) -> DiffusionPipeline:
     """Returns the pipeline in float32 on the CPU, in evaluation mode.
 
@@ -46,6 +49,8 @@ def load_pipeline(
             pipeline says.
         vae: What replaces its VAE, as `replace_vae` takes it.
         loras: Added to its weights, in turn.
+        narrow: Whether the UNet of a folder in half precision stays so and mapped, each layer
+            widening its weights while it runs; not together with LoRAs.
 
     Raises:
         ModelError: If there is no pipeline, it is of another kind, or a part does not fit it.
@@ -60,7 +65,7 @@ def load_pipeline(
     elif config is not None:
         raise ModelError(f"--config is for a single .safetensors file: {source} has its own")
     else:
-        pipeline = _from_diffusers(source)
+        pipeline = _from_diffusers(source, narrow=narrow and not loras)
     if prediction_type is not None:
         _set_prediction_type(pipeline, prediction_type)
     fuse_loras(pipeline, loras)
@@ -72,7 +77,7 @@ def load_pipeline(
     return pipeline
 
 
-def _from_diffusers(source: str | Path) -> DiffusionPipeline:
+def _from_diffusers(source: str | Path, *, narrow: bool) -> DiffusionPipeline:
     folder = Path(source)
     index = _read_index(folder) if folder.exists() else _hub_index(source)
     kind = str(index.get("_class_name"))
@@ -81,15 +86,31 @@ def _from_diffusers(source: str | Path) -> DiffusionPipeline:
     if folder.exists():
         _check_components(folder, _KINDS[kind])
     unchecked = {"safety_checker": None, "requires_safety_checker": False}
+    stored = _stored_dtype(folder / "unet") if narrow else torch.float32
     try:
-        return DiffusionPipeline.from_pretrained(
+        pipeline = DiffusionPipeline.from_pretrained(
             str(source),
-            torch_dtype=torch.float32,
+            torch_dtype={"default": torch.float32, "unet": stored},
             use_safetensors=True,
             **(unchecked if "safety_checker" in index else {}),
         )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ModelError(f"{source} could not be loaded: {_first_line(error)}") from error
+    widen_while_running(pipeline.unet)
+    return pipeline
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Returns the half-precision dtype that all weights in a folder have; float32 otherwise."""
+    found = set()
+    try:
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        return torch.float32  # loading says what is wrong
+    halves = {"F16": torch.float16, "BF16": torch.bfloat16}
+    return halves.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
 def _hub_index(source: str | Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from cq_edge.model.lean_transformer import (
     rewrite_transformers,
     rotate_residual_streams,
 )
+from cq_edge.model.striped_decoder import stripe_decoders
 from cq_edge.model.surgery import copied
 
 Root = TypeVar("Root", bound=nn.Module)
@@ -33,6 +34,7 @@ SURGERIES = (
     rotate_residual_streams,
     rewrite_group_norms,
     rewrite_layer_norms,
+    stripe_decoders,
 )
 
 

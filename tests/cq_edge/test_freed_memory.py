@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from runtime.freed_memory import forget_pages, give_back
+from cq_edge.freed_memory import forget_pages, give_back
 
 
 def _resident_kib(path):
