@@ -14,7 +14,7 @@ from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.striped_decoder import StripedDecoder
 from exporters.to_executorch import export_executorch
 
-SIDE = 32  # of the latents
+SIDE = 64  # of the latents
 # runs a decoder twice and prints by how many MiB the process's peak grew
 _RUN = """
 import sys, torch
@@ -22,7 +22,7 @@ from runtime.executorch_engine import extension_library
 from runtime.peak_memory import peak_memory_mib
 library = extension_library()
 method = library._load_program(sys.argv[1]).load_method("decode")
-latents, before = torch.zeros(1, 4, 32, 32), peak_memory_mib()
+latents, before = torch.zeros(1, 4, 64, 64), peak_memory_mib()
 method([latents])
 print(peak_memory_mib() - before)
 """
@@ -62,7 +62,7 @@ def test_an_exported_decoder_needs_less_memory_in_stripes(
 
 
 def _growth(path: Path) -> float:
-    graph = rewrite_for_xnnpack(decode_graph(_vae((64,) * 4))).eval().requires_grad_(False)
+    graph = rewrite_for_xnnpack(decode_graph(_vae((64,) * 2))).eval().requires_grad_(False)
     export_executorch({"decode": (graph, (torch.zeros(1, 4, SIDE, SIDE),))}, path)
     command = [sys.executable, "-c", _RUN, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
