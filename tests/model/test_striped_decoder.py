@@ -41,6 +41,8 @@ def _vae(channels: tuple[int, ...]) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         latent_channels=4,
         norm_num_groups=4,
+        layers_per_block=1,
+        mid_block_add_attention=False,
     ).eval()
 
 
@@ -53,6 +55,7 @@ def test_a_decoder_in_stripes_gives_the_picture_of_the_whole_one() -> None:
     torch.testing.assert_close(striped(latents), graph(latents), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_exported_decoder_needs_less_memory_in_stripes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
