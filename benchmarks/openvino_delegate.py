@@ -33,7 +33,7 @@ from benchmarks.page_section import write_section
 from benchmarks.unet_graphs import unet_graphs
 from cq_edge.checks import Check, Checks, save_checks
 from cq_edge.model.load import load_pipeline
-from cq_edge.model.optimize import OptimizeConfig, optimize
+from cq_edge.model.optimize import OptimizeConfig, latents_shape, optimize
 from cq_edge.model.prompts import embed_prompts, scene_prompts
 from cq_edge.model.trajectory import Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
@@ -133,9 +133,8 @@ def _export(folder: Path, checks: Path, samples: int) -> dict[str, Path]:
 def _loops(pipeline: Any, full: nn.Module, shallow: GraphSpec) -> Iterator[Samples]:
     """Yields each caption's inputs of both graphs, both branches, every step."""
     config = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
-    unet = pipeline.unet.config
-    shape = (unet.in_channels, unet.sample_size, unet.sample_size)
-    loop = Loop(full, make_noise_scheduler("pndm", _STEPS, config), shape, _GUIDANCE)
+    noise_scheduler = make_noise_scheduler("pndm", _STEPS, config)
+    loop = Loop(full, noise_scheduler, latents_shape(pipeline), _GUIDANCE)
     corrections = tuple(
         (torch.ones if "gain" in each.name else torch.zeros)(each.shape)
         for each in shallow.inputs[4:]

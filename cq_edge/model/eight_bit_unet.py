@@ -17,7 +17,7 @@ from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import FullUNet, Layer, OutputHead, ShallowUNet, TimeEmbedding
 from cq_edge.model.surgery import copied, replace_modules
 
-# what the graphs are made of, by the last name of each; `conv_in` stays as it is
+# what the graphs are made of beside their layers, by the last name of each; `conv_in` is no part
 _PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
     ("time", TimeEmbedding),
     ("resampler", Downsample2D),

@@ -41,13 +41,10 @@ class StripedDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Returns the (B, 3, 8·h, 8·w) picture of (B, 4, h, w) latents."""
-        hidden = self.mid_block(self.conv_in(latents))
-        stripes = [hidden]
+        stripes = [self.mid_block(self.conv_in(latents))]
         for block in self.up_blocks:
-            if len(stripes) == 1 and _is_large(hidden := stripes[0], block):
-                rows = hidden.shape[2] // STRIPES
-                # slices, and no split: XNNPACK has those
-                stripes = [hidden[:, :, i * rows : (i + 1) * rows] for i in range(STRIPES)]
+            if len(stripes) == 1 and _is_large(stripes[0], block):
+                stripes = _divided(stripes[0])
             stripes = _upper_block(block, stripes)
         return _joined(_normed_conv(self.conv_norm_out, self.conv_out, stripes))
 
@@ -72,6 +69,12 @@ def _is_large(hidden: Tensor, block: Any) -> bool:
     """Returns whether what a block makes of a picture is large, and can be divided."""
     pixels = hidden.shape[2] * hidden.shape[3] * (1 if block.upsamplers is None else 4)
     return pixels * hidden.shape[1] >= LARGE and hidden.shape[2] % STRIPES == 0
+
+
+def _divided(picture: Tensor) -> Stripes:
+    rows = picture.shape[2] // STRIPES
+    # slices, and no split: XNNPACK has those
+    return [picture[:, :, i * rows : (i + 1) * rows] for i in range(STRIPES)]
 
 
 def _upper_block(block: Any, stripes: Stripes) -> Stripes:
