@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from apps.engines import engine_for
+from apps.kept_pictures import KeptPictures
 from apps.pictures import check_writable
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
@@ -27,7 +28,7 @@ from cq_edge.planner import Plan, plan_frontier
 from cq_edge.reuse_table import ReuseTable
 from cq_edge.scenes import Scene, scenes
 from runtime.bundle import Bundle, open_bundle
-from runtime.draw import Method, draw
+from runtime.draw import Drawn, Method, draw
 from runtime.engine import Engine
 from runtime.measure import measure_graphs
 
@@ -36,13 +37,14 @@ if TYPE_CHECKING:
 
 _SCENES_SEED = 30_000_001
 _BEST_AT_FEW_STEPS = "dpmsolver++"
+_TIMED_CAPTIONS = 16
 _FRONTIER_SPEEDUPS = (2.0, 3.0, 4.0, 5.18, 6.0, 8.0)
 
 _DESCRIPTION = """\
 Draws the same captions from the same seeds in every way that there is (float32 at every step,
 quantised only, cached only, both, with and without corrections, a uniform cache, fewer steps)
 and compares speed, size and quality. The ways take turns caption by caption, in one process.
-Ctrl-C compares what was drawn until then."""
+Ctrl-C compares what was drawn until then; with --keep the next run goes on from there."""
 
 _EXAMPLES = """\
 examples:
@@ -54,7 +56,8 @@ examples:
 
 @dataclass(slots=True)
 class Variant:
-    """A way of making pictures, and what came of it, a row per caption."""
+    """A way of making pictures, and what came of it: a picture per caption, and the times of the
+    captions that were drawn in every way in turns."""
 
     name: str
     method: Method
@@ -112,6 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", action="append", metavar="NAME", help="of the ways to draw, beside float32; "
         "repeatable (default: all). One way takes a quarter of the time, which is worth spending "
         "on more captions")  # fmt: skip
+    add("--keep", type=Path, metavar="DIR", help="keep the pictures there, and draw none of those "
+        f"again but the first {_TIMED_CAPTIONS} captions', for the time they take")  # fmt: skip
     add("--threads", type=int, metavar="N", help="(default: one per core)")
     add("--json", type=Path, metavar="FILE", help="write the table for programs")
     add("--html", type=Path, metavar="FILE", help="write a report with pictures, in one file")
@@ -140,13 +145,19 @@ def run(args: argparse.Namespace) -> int:
     reference, ours = map(_side, bundles, engines, profiles)
     captions, world = _captions(args)
     variants = _chosen(_variants(reference, ours, args.speedup), args.only)
-    drawn = _draw_all(variants, captions)
+    kept = None if args.keep is None else KeptPictures(args.keep)
+    drawn = _draw_all(variants, captions, kept)
     interrupted = drawn < len(captions)
     captions, world = captions[:drawn], None if world is None else world[:drawn]
     rows = _rows(variants, captions, world, scorer)
     along = 0 if interrupted else args.frontier_captions
     frontier = _frontier(reference, ours, captions[:along], scorer)
-    conditions = {**_conditions(args, ours), "captions": drawn, "interrupted": interrupted}
+    conditions = {
+        **_conditions(args, ours),
+        "captions": drawn,
+        "timed_captions": len(variants[0].loop_ms),
+        "interrupted": interrupted,
+    }
     report = {"variants": rows, "frontier": frontier, "conditions": conditions}
     _print(rows)
     if args.json is not None:
@@ -313,22 +324,44 @@ def _fewer_steps(side: Side, budget_ms: float, name: str) -> Method:
     return replace(side.make(steps, schedule(steps), None), noise_scheduler=name)
 
 
-def _draw_all(variants: Sequence[Variant], captions: Sequence[str]) -> int:
-    """Draws every caption in every way, and returns how many were drawn: Ctrl-C ends it with
-    what there is, where that can be compared."""
+def _draw_all(
+    variants: Sequence[Variant], captions: Sequence[str], kept: KeptPictures | None = None
+) -> int:
+    """Draws every caption in every way, and returns how many there are: Ctrl-C ends it with what
+    was drawn, where that can be compared."""
     done = 0
     try:
         for seed, caption in enumerate(tqdm(captions, desc="draw", unit="caption")):
-            found = [draw(variant.method, caption, seed) for variant in variants]
-            for variant, drawn in zip(variants, found, strict=True):
-                variant.pictures.append(drawn.picture)
-                variant.loop_ms.append(drawn.loop_ms)
-                variant.total_ms.append(drawn.total_ms)
+            _draw_caption(variants, caption, seed, kept)
             done += 1
     except KeyboardInterrupt:
         if done < 2:
             raise
     return done
+
+
+def _draw_caption(
+    variants: Sequence[Variant], caption: str, seed: int, kept: KeptPictures | None
+) -> None:
+    """Adds a picture to every way, and its times where it was drawn now in all of them."""
+    old: list[NDArray[np.uint8] | None] = [None] * len(variants)
+    if kept is not None and seed >= _TIMED_CAPTIONS:
+        old = [kept.find(variant.method, caption, seed) for variant in variants]
+    found = [
+        draw(variant.method, caption, seed) if picture is None else picture
+        for variant, picture in zip(variants, old, strict=True)
+    ]
+    timed = all(picture is None for picture in old)
+    for variant, drawn in zip(variants, found, strict=True):
+        if not isinstance(drawn, Drawn):
+            variant.pictures.append(drawn)
+            continue
+        variant.pictures.append(drawn.picture)
+        if kept is not None:
+            kept.keep(variant.method, caption, seed, drawn.picture)
+        if timed:
+            variant.loop_ms.append(drawn.loop_ms)
+            variant.total_ms.append(drawn.total_ms)
 
 
 def _rows(

@@ -11,6 +11,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from cq_edge.freed_memory import give_back
 from cq_edge.model.narrow_weights import widen
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.rewrite import rewrite_for_xnnpack
@@ -48,6 +49,14 @@ def eight_bit_unet(full: FullUNet, shallow: ShallowUNet) -> nn.ModuleList:
 
 
 def _converted(part: nn.Module, name: str) -> nn.Module:
-    """Returns a part converted; its name decides which of its layers stay float."""
+    """Returns a part converted, which is emptied: whoever replaces it may hold it for long.
+
+    Its name decides which of its layers stay float.
+    """
     widen(part)
-    return quantize_for_xnnpack(rewrite_for_xnnpack(nn.ModuleDict({name: part})))[name]
+    converted = quantize_for_xnnpack(rewrite_for_xnnpack(nn.ModuleDict({name: part})))[name]
+    for module in part.modules():
+        module._parameters.clear()
+    del part
+    give_back()
+    return converted

@@ -1,13 +1,18 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from apps.cli import main
+from apps.evaluate import _TIMED_CAPTIONS as TIMED
+from apps.kept_pictures import KeptPictures
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.latency import DeviceProfile
 from cq_edge.planner import plan_frontier
-from runtime.draw import draw
+from runtime.bundle import open_bundle
+from runtime.draw import Method, draw
 from tests.tiny_bundle import reuse_table, write_bundle
 
 TIMES = {"encode": 2.0, "denoise": 10.0, "denoise_shallow": 1.0, "decode": 5.0}
@@ -109,6 +114,58 @@ def test_only_the_named_ways_are_drawn(evaluate):
     assert code == 0
     report = json.loads(Path("report.json").read_text())
     assert [row["name"] for row in report["variants"]] == ["float32", "ours"]
+
+
+def test_kept_pictures_are_drawn_once_but_the_first_whose_time_counts(evaluate, monkeypatch):
+    call, _ = evaluate
+    drawn = []
+
+    def counted(method, caption, seed):
+        drawn.append((method.bundle.folder.name, seed))
+        return draw(method, caption, seed)
+
+    monkeypatch.setattr("apps.evaluate.draw", counted)
+
+    def rows(captions):
+        words = ["--captions", str(captions), "--frontier-captions", "0", "--keep", "kept"]
+        assert call("--only", "ours", *words, "--json", "report.json", "--force")[0] == 0
+        report = json.loads(Path("report.json").read_text())
+        assert report["conditions"]["timed_captions"] >= TIMED
+        return [{**row, "loop_speedup": 0, "end_to_end_speedup": 0} for row in report["variants"]]
+
+    expected = rows(TIMED + 3)
+    assert len(drawn) == 2 * (TIMED + 3)
+    drawn.clear()
+    assert rows(TIMED + 3) == expected
+    assert {seed for _, seed in drawn} == set(range(TIMED))
+    # one that cannot be read, and one of another prompt, are drawn again; so are new captions
+    first, *others = sorted(Path("kept").glob(f"*/{TIMED:06d}.png"))
+    first.write_bytes(first.read_bytes()[:100])
+    for path in others:
+        path.replace(path.with_name(f"{TIMED + 1:06d}.png"))
+    drawn.clear()
+    assert rows(TIMED + 4)[1]["ssim"] == pytest.approx(expected[1]["ssim"], abs=0.05)
+    assert sorted(seed for _, seed in drawn if seed >= TIMED) == [
+        TIMED, TIMED, TIMED + 1, TIMED + 3, TIMED + 3,
+    ]  # fmt: skip
+
+
+def test_pictures_of_other_corrections_or_plans_are_not_taken(home):
+    bundle = open_bundle(home / "bundle")
+    kept, table = KeptPictures(home / "kept"), reuse_table()
+    picture = np.zeros((8, 8, 3), np.uint8)
+    own = Method(bundle, None, 10, CacheSchedule.uniform(10, 3), table)
+    kept.keep(own, "a cat", 5, picture)
+    assert np.array_equal(kept.find(own, "a cat", 5), picture)
+    assert kept.find(own, "a dog", 5) is None
+    assert kept.find(own, "a cat", 6) is None
+    for change in (
+        {"table": table.without_corrections()},
+        {"schedule": CacheSchedule.uniform(10, 2)},
+        {"noise_scheduler": "dpmsolver++"},
+        {"steps": 9},
+    ):
+        assert kept.find(replace(own, **change), "a cat", 5) is None
 
 
 @pytest.mark.parametrize(("whole", "code"), [(3, 0), (1, 130)])
