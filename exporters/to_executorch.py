@@ -23,6 +23,7 @@ from cq_edge.errors import ExportError
 from cq_edge.freed_memory import forget_pages, give_back
 from cq_edge.quiet import without_chatter
 from exporters.graph_spec import GraphSpec
+from exporters.lean_partitioner import lean_partitioner
 from exporters.operator_report import OperatorReport, operator_report
 from exporters.parity import Arrays
 from exporters.uncopied_constants import uncopied_constants
@@ -58,7 +59,12 @@ def export_executorch(modules: Modules, path: Path) -> ExportReport:
     with without_chatter():
         programs = {name: _trace(name, *traced) for name, traced in modules.items()}
         try:
-            with mended_channels_last_pass(), simplified_xnnpack_graphs(), uncopied_constants():
+            with (
+                mended_channels_last_pass(),
+                simplified_xnnpack_graphs(),
+                uncopied_constants(),
+                lean_partitioner(),
+            ):
                 edge = to_edge_transform_and_lower(
                     programs,
                     partitioner=[XnnpackPartitioner(configs=_partitioner_configs())],

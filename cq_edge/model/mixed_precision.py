@@ -6,24 +6,26 @@ and is chosen only where the linear layers do not save enough.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization.quant_primitives import (
-    MappingType,
-    choose_qparams_affine,
-    dequantize_affine,
-    quantize_affine,
-)
 
 from cq_edge.errors import UsageError
 from cq_edge.influence import step_influence
-from cq_edge.model.quantize import FLOAT_LAYERS, GROUP, is_named
+from cq_edge.model.four_bits import GROUP, WIDEST, FourBits, compensated, nearest
+from cq_edge.model.quantize import FLOAT_LAYERS, is_named
 from cq_edge.model.trajectory import Prompt
-from cq_edge.model.unfolded_conv import can_unfold, folded_weight, unfolded_weight
+from cq_edge.model.unfolded_conv import (
+    can_unfold,
+    folded_weight,
+    neighbourhoods,
+    unfolded_weight,
+)
 from cq_edge.noise_scheduler import NoiseScheduler
 
 Layer = nn.Linear | nn.Conv2d
+_TRIED_PROMPTS = 2
 _SCALE_BYTES, _GROUP_SCALE_BYTES = 4, 2  # XNNPACK's are float32 and bfloat16
 
 
@@ -44,12 +46,13 @@ def choose_four_bits(
     latents_shape: tuple[int, int, int],
     guidance_scale: float,
     on_layer: Callable[[], object] = lambda: None,
-) -> frozenset[str]:
-    """Returns the names of the layers of `full` that are to have four bits.
+) -> dict[str, FourBits]:
+    """Returns the weights of the layers of `full` that are to have four bits, by name.
 
-    Each candidate is rounded to four bits alone and the guided noise prediction's squared
-    error is measured over a short run of the loop, weighted by each step's influence. Layers
-    are taken in the order of that error per byte saved.
+    Each candidate is rounded to four bits, for the inputs that it has in short runs of the loop
+    on the prompts. With it alone rounded the guided noise prediction's squared error is measured
+    on the first of them, weighted by each step's influence. Layers are taken in the order of that
+    error per byte saved.
 
     Args:
         full: The rewritten `FullUNet`, float; weights are put back.
@@ -75,14 +78,18 @@ def choose_four_bits(
             f"the UNet cannot be {compression:g} times smaller: with four bits wherever they are "
             f"possible it is {most:.2f} times smaller; ask for less"
         )
+    products = _Products(full, [*chosen, *layers])
     samples = _samples(full, prompts, noise_scheduler, latents_shape)
-    errors = _errors(full, layers, samples, guidance_scale, on_layer)
+    products.stop()
+    rounded = {name: products.rounded(name) for name in chosen}
+    tried = samples[: _TRIED_PROMPTS * len(noise_scheduler.timesteps)]
+    errors = _errors(full, layers, tried, guidance_scale, products, rounded, on_layer)
     saved = {name: _saved_bytes(layer) for name, layer in layers.items()}
     for name in sorted(layers, key=lambda name: errors[name] / saved[name]):
         if stored_bytes(full, chosen) <= target:
             break
         chosen.append(name)
-    return frozenset(chosen)
+    return {name: rounded[name] for name in chosen}
 
 
 def linear_candidates(full: nn.Module) -> dict[str, nn.Linear]:
@@ -153,14 +160,47 @@ def _samples(
     return samples
 
 
+class _Products:
+    """Sums x·xᵀ over the inputs that layers get, until it is stopped."""
+
+    def __init__(self, full: nn.Module, names: Collection[str]) -> None:
+        self._layers = {name: full.get_submodule(name) for name in names}
+        self._sums: dict[str, Tensor] = {}
+        self._hooks = [
+            layer.register_forward_pre_hook(partial(self._add, name))
+            for name, layer in self._layers.items()
+            if _matrix(layer).shape[1] <= WIDEST
+        ]
+
+    def _add(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        (x,) = inputs
+        rows = (neighbourhoods(x) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2)
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(rows.shape[1], rows.shape[1])
+        self._sums[name].addmm_(rows.T, rows)
+
+    def stop(self) -> None:
+        """Lets the layers be."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def rounded(self, name: str) -> FourBits:
+        """Returns a layer's weights in four bits; may be asked once."""
+        matrix, products = _matrix(self._layers[name]), self._sums.pop(name, None)
+        return nearest(matrix) if products is None else compensated(matrix, products)
+
+
 def _errors(
     full: nn.Module,
     layers: Mapping[str, Layer],
     samples: list[_Sample],
     guidance_scale: float,
+    products: _Products,
+    rounded: dict[str, FourBits],
     on_layer: Callable[[], object],
 ) -> dict[str, float]:
-    """Returns each layer's error of the guided noise prediction, had it alone four bits."""
+    """Returns each layer's error of the guided noise prediction, had it alone four bits, and adds
+    its weights to `rounded`."""
 
     def guided(sample: _Sample) -> Tensor:
         uncond, cond = full(*sample.inputs)[0]
@@ -170,8 +210,9 @@ def _errors(
     expected = [guided(sample) for sample in samples]
     errors = {}
     for name, layer in layers.items():
+        rounded[name] = products.rounded(name)
         kept = layer.weight
-        layer.weight = nn.Parameter(_rounded(layer), requires_grad=False)
+        layer.weight = nn.Parameter(_folded(rounded[name].weight(), layer), requires_grad=False)
         errors[name] = sum(
             sample.weight * float((guided(sample) - right).square().mean())
             for sample, right in zip(samples, expected, strict=True)
@@ -181,14 +222,13 @@ def _errors(
     return errors
 
 
-def _rounded(layer: Layer) -> Tensor:
-    """Returns weights on the grid of four bits, one scale per `GROUP` weights of a row."""
-    weight = unfolded_weight(layer) if isinstance(layer, nn.Conv2d) else layer.weight
-    block = (1, GROUP)
-    scale, zero_point = choose_qparams_affine(
-        weight, MappingType.SYMMETRIC, block, torch.int8, quant_min=-8, quant_max=7,
-        scale_dtype=torch.float32, zero_point_dtype=torch.int64,
-    )  # fmt: skip
-    levels = quantize_affine(weight, block, scale, zero_point, torch.int8, -8, 7)
-    rounded: Tensor = dequantize_affine(levels, block, scale, zero_point, torch.int8, -8, 7)
-    return folded_weight(rounded, layer) if isinstance(layer, nn.Conv2d) else rounded
+def _matrix(layer: nn.Module) -> Tensor:
+    """Returns a layer's weights as (O, I), or (O, 9·I) of a convolution."""
+    if isinstance(layer, nn.Conv2d):
+        return unfolded_weight(layer)
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    return weight
+
+
+def _folded(matrix: Tensor, layer: Layer) -> Tensor:
+    return folded_weight(matrix, layer) if isinstance(layer, nn.Conv2d) else matrix

@@ -13,6 +13,7 @@ from cq_edge.errors import UsageError
 from cq_edge.manifest import TOKEN_INPUTS
 from cq_edge.model.capture import RUNS, Calibration, capture
 from cq_edge.model.eight_bit_unet import eight_bit_unet
+from cq_edge.model.four_bits import FourBits
 from cq_edge.model.graphs import decode_graph
 from cq_edge.model.mixed_precision import choose_four_bits
 from cq_edge.model.plan_trial import final_latents, scaled_to_trial, typical_distance
@@ -27,7 +28,7 @@ from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 QUANTIZATIONS = ("int8", "none")
 _COMPARED_PROMPTS = 4  # what noise schedulers and steps are compared on
-_TRIAL_PROMPTS, _TRIAL_STEPS = 2, 5  # what layers are tried on at four bits
+_FOUR_BIT_PROMPTS, _FOUR_BIT_STEPS = 8, 5  # whose inputs layers of four bits are rounded for
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +259,7 @@ def _edge_unet(
     # layers are tried at four bits in the whole rewritten graph
     both = rewrite_for_xnnpack(nn.ModuleList([full, shallow]))
     chosen = _four_bits(pipeline, config, config.compression, both[0], on_layer)
-    return quantize_for_xnnpack(both, four_bits={f"0.{name}" for name in chosen})
+    return quantize_for_xnnpack(both, four_bits={f"0.{k}": v for k, v in chosen.items()})
 
 
 def _four_bits(
@@ -267,14 +268,14 @@ def _four_bits(
     compression: float,
     full: nn.Module,
     on_layer: Callable[[], object],
-) -> frozenset[str]:
-    """Returns the layers of the rewritten full graph that are to have four bits."""
+) -> dict[str, FourBits]:
+    """Returns the weights of the rewritten full graph's layers that are to have four bits."""
     noise_schedule = NoiseScheduleConfig.from_diffusers(pipeline.scheduler.config)
     return choose_four_bits(
         full,
         compression,
-        embed_prompts(pipeline, config.prompts[:_TRIAL_PROMPTS], config.guidance_scale),
-        make_noise_scheduler("ddim", _TRIAL_STEPS, noise_schedule),
+        embed_prompts(pipeline, config.prompts[:_FOUR_BIT_PROMPTS], config.guidance_scale),
+        make_noise_scheduler("ddim", _FOUR_BIT_STEPS, noise_schedule),
         latents_shape(pipeline),
         _branch_scale(pipeline, config),
         on_layer,

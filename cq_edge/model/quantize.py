@@ -3,19 +3,24 @@
 Weights are int8 with one scale per output channel; activations become int8 while the graph
 runs, per token in linear layers and per picture in convolutions. torchao does the linear
 layers; its configurations take no Conv2d, so that is a module of ours on torchao's primitives.
-Layers named so have weights of four bits instead, with a scale per `GROUP` of them: XNNPACK has
-that for linear layers alone, so that a convolution becomes one.
+Layers named so have weights of four bits instead (`four_bits`): XNNPACK has them for linear
+layers alone, so that a convolution becomes one.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
-from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.quantization import (
+    Int8DynamicActivationIntxWeightConfig,
+    IntxUnpackedToInt8Tensor,
+    quantize_,
+)
+from torchao.quantization.granularity import PerAxis
 from torchao.quantization.pt2e import quantizer as _registers_quantized_decomposed  # noqa: F401
 from torchao.quantization.quant_primitives import (
     MappingType,
@@ -23,6 +28,7 @@ from torchao.quantization.quant_primitives import (
     quantize_affine,
 )
 
+from cq_edge.model.four_bits import GROUP, FourBits
 from cq_edge.model.surgery import copied, replace_modules
 from cq_edge.model.unfolded_conv import UnfoldedConv2d
 
@@ -35,7 +41,6 @@ shortcuts of the last up block. These take a residual stream and a skip side by 
 which are of unequal size, so that one scale fits neither; and what they give is all but the end.
 Source: Q-Diffusion (Li et al. 2023, arXiv 2302.04304) quantises a shortcut's two inputs apart.
 """
-GROUP = 32
 _MIN, _MAX = -127, 127
 _ACTIVATION_MIN, _ACTIVATION_MAX = -128, 127
 _EPSILON = torch.finfo(torch.float32).eps
@@ -86,7 +91,9 @@ class Int8Conv2d(nn.Module):
 
 
 def quantize_for_xnnpack(
-    module: Root, keep: Collection[str] = FLOAT_LAYERS, four_bits: Collection[str] = ()
+    module: Root,
+    keep: Collection[str] = FLOAT_LAYERS,
+    four_bits: Mapping[str, FourBits] = MappingProxyType({}),
 ) -> Root:
     """Returns a copy whose Conv2d and Linear layers are int8; what was shared stays shared, and
     what stays float is the original's.
@@ -95,45 +102,55 @@ def quantize_for_xnnpack(
         module: Already rewritten for XNNPACK; the rewrites' constant helpers are no layers and
             stay float.
         keep: Names of layers that stay float32, matched as `is_named` does.
-        four_bits: Qualified names of layers that get four bits instead: Linear ones, and
-            convolutions that can be unfolded, whose inputs are a multiple of `GROUP`.
+        four_bits: By qualified name, the weights of layers that get four bits instead: Linear
+            ones, and convolutions that can be unfolded (theirs are `unfolded_weight`'s).
     """
     quantized = copied(module)
     names = {id(child): name for name, child in quantized.named_modules()}
 
     def convolution(conv: nn.Conv2d) -> nn.Module:
         if names[id(conv)] in four_bits:
-            return UnfoldedConv2d(conv)
+            unfolded = UnfoldedConv2d(conv)
+            unfolded.linear.weight = _stored(four_bits[names[id(conv)]])
+            return unfolded
         fits = conv.groups == 1 and conv.padding_mode == "zeros"
         return conv if is_named(names[id(conv)], keep) or not fits else Int8Conv2d(conv)
 
     replace_modules(quantized, nn.Conv2d, convolution)
     names = {id(child): name for name, child in quantized.named_modules()}
-    narrowed = {*four_bits, *(f"{name}.linear" for name in four_bits)}
+    for child in quantized.modules():
+        if isinstance(child, nn.Linear) and names[id(child)] in four_bits:
+            child.weight = _stored(four_bits[names[id(child)]])
     done: set[int] = set()
 
-    def linears(wanted: Callable[[str], bool]) -> Callable[[nn.Module, str], bool]:
-        """Returns a filter for layers by name that takes each layer once."""
+    def is_float(child: nn.Module, _name: str) -> bool:
+        """Returns whether a layer is to be int8 and is not: each is met once for every owner."""
+        wanted = isinstance(child, nn.Linear) and id(child) not in done
+        wanted = wanted and not isinstance(child.weight, IntxUnpackedToInt8Tensor)
+        wanted = wanted and not is_named(names[id(child)], keep)
+        if wanted:
+            done.add(id(child))
+        return wanted
 
-        def fits(child: nn.Module, _name: str) -> bool:
-            found = isinstance(child, nn.Linear) and id(child) not in done
-            found = found and wanted(names[id(child)])
-            if found:
-                done.add(id(child))
-            return found
-
-        return fits
-
-    narrow = Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4,  # type: ignore[attr-defined]
-        weight_granularity=PerGroup(GROUP),
-    )
-    quantize_(quantized, narrow, filter_fn=linears(lambda name: name in narrowed))
     wide = Int8DynamicActivationIntxWeightConfig(
         weight_dtype=torch.int8, weight_granularity=PerAxis(0)
     )
-    quantize_(quantized, wide, filter_fn=linears(lambda name: not is_named(name, keep)))
+    quantize_(quantized, wide, filter_fn=is_float)
     return quantized
+
+
+def _stored(weights: FourBits) -> nn.Parameter:
+    """Returns weights as torchao keeps them, for inputs of eight bits per token."""
+    stored = IntxUnpackedToInt8Tensor(
+        weights.levels,
+        weights.scale,
+        torch.zeros_like(weights.scale, dtype=torch.int8),
+        target_dtype=torch.int4,  # type: ignore[attr-defined]
+        block_size=(1, GROUP),
+        dtype=torch.float32,
+        activation_quantization="int8_asym_per_token",
+    )
+    return nn.Parameter(stored, requires_grad=False)
 
 
 def is_named(name: str, ends: Collection[str]) -> bool:

@@ -25,12 +25,17 @@ class UnfoldedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns (B, C', H, W) for (B, C, H, W)."""
         height, width = x.shape[2:]
-        pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        beside = torch.cat([pixels[:, :, i : i + width] for i in range(_SIDE)], dim=-1)
-        around = torch.cat([beside[:, i : i + height] for i in range(_SIDE)], dim=-1)
-        tokens = self.linear(around.flatten(1, 2))
+        tokens = self.linear(neighbourhoods(x))
         picture: Tensor = tokens.reshape(len(x), height, width, -1).permute(0, 3, 1, 2)
         return picture
+
+
+def neighbourhoods(x: Tensor) -> Tensor:
+    """Returns (B, H·W, 9·C): what each pixel of (B, C, H, W) has around it, zeros beyond it."""
+    height, width = x.shape[2:]
+    pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    beside = torch.cat([pixels[:, :, i : i + width] for i in range(_SIDE)], dim=-1)
+    return torch.cat([beside[:, i : i + height] for i in range(_SIDE)], dim=-1).flatten(1, 2)
 
 
 def can_unfold(conv: nn.Conv2d) -> bool:

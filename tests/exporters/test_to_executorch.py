@@ -6,10 +6,12 @@ from torch import nn
 from cq_edge.errors import ExportError
 from cq_edge.manifest import TensorSpec
 from cq_edge.metrics import sqnr_db
+from cq_edge.model.four_bits import nearest
 from cq_edge.model.graphs import DecodeGraph, EncodeGraph
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import split_unet
+from cq_edge.model.unfolded_conv import unfolded_weight
 from exporters.graph_spec import GraphSpec, graph_specs
 from exporters.method_bytes import method_bytes, together
 from exporters.module_graph import module_graph
@@ -92,8 +94,8 @@ def test_a_convolution_of_four_bits_is_delegated_and_half_as_large(tmp_path):
     )
     x = torch.randn(1, 32, 8, 6)
     sizes = {}
-    for four_bits in ((), ("0",)):
-        path = tmp_path / f"{len(four_bits)}.pte"
+    for name, four_bits in (("8", {}), ("4", {"0": nearest(unfolded_weight(net[0]))})):
+        path = tmp_path / f"{name}.pte"
         quantised = quantize_for_xnnpack(net, four_bits=four_bits)
         report = export_executorch({"forward": (quantised, (x,))}, path)
         assert report.graphs["forward"].outside == {}
@@ -101,8 +103,8 @@ def test_a_convolution_of_four_bits_is_delegated_and_half_as_large(tmp_path):
         with torch.no_grad():
             assert sqnr_db(quantised(x).numpy(), found) > 40
             assert sqnr_db(net(x).numpy(), found) > 15
-        sizes[four_bits] = sum(method_bytes(path)["forward"].weights.values())
-    assert sizes["0",] < 0.66 * sizes[()]
+        sizes[name] = sum(method_bytes(path)["forward"].weights.values())
+    assert sizes["4"] < 0.66 * sizes["8"]
 
 
 @pytest.mark.slow
