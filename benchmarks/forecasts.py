@@ -12,21 +12,17 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from apps.engines import engine_for
+from benchmarks.full_loop import full_loop, told
 from cq_edge.model.capture import MAX_SKIP
-from cq_edge.model.trajectory import Loop
 from cq_edge.noise_scheduler import NoiseScheduler, make_noise_scheduler
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
-from runtime.engine import Engine
-from runtime.generate import encode_prompt
 
-_SCENES_SEED, _SEED = 50_000_001, 3_000
+_SCENES_SEED = 50_000_001
 _ORDERS = {"reuse": 0, "line": 1, "parabola": 2, "cubic": 3}
 _FIRST = 10  # the first step that every order reaches at every gap without PNDM's twin steps
 _LAST = 2  # steps in which the noise prediction bends: a line overshoots
@@ -50,42 +46,16 @@ def main() -> None:
     table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
     engine = engine_for(bundle, args.threads)
-    loop = _loop(engine, bundle, noise_scheduler)
+    loop = full_loop(engine, bundle)
     runs = [
-        _predictions(loop, engine, bundle, number, caption)
+        [v.noise_pred.double().numpy() for v in loop.run(number, told(engine, bundle, caption))]
         for number, caption in enumerate(tqdm(captions, desc="captions"))
     ]
-    text = _table(np.stack(runs), noise_scheduler, table.reuse_influence**2, bundle)
+    text = _table(
+        np.stack([*map(np.concatenate, runs)]), noise_scheduler, table.reuse_influence**2, bundle
+    )
     (args.docs / "forecasts.md").write_text(text, encoding="utf-8")
     print(text)
-
-
-def _loop(engine: Engine, bundle: Bundle, noise_scheduler: NoiseScheduler) -> Loop:
-    """Returns the loop of the bundle's full graph."""
-    names = [spec.name for spec in bundle.manifest.graph("denoise").inputs]
-
-    def full(*given: Tensor) -> tuple[Tensor, Tensor]:
-        arrays = (x.numpy() for x in given)
-        outputs = engine.run("denoise", dict(zip(names, arrays, strict=True)))
-        noise_pred, feature = (torch.from_numpy(x) for x in outputs.values())
-        return noise_pred, feature
-
-    size = bundle.manifest.latents
-    shape = (size.channels, size.height, size.width)
-    scale = bundle.manifest.defaults.guidance_scale
-    return Loop(full, noise_scheduler, shape, scale, seed=_SEED)
-
-
-def _predictions(
-    loop: Loop, engine: Engine, bundle: Bundle, number: int, caption: str
-) -> NDArray[np.float64]:
-    """Returns (T, 4, h, w): the guided noise prediction of every step."""
-    negative, prompt = (
-        tuple(map(torch.from_numpy, encode_prompt(engine, bundle.tokenizers(), text)[0].values()))
-        for text in ("", caption)
-    )
-    visits = loop.run(number, (negative, prompt))
-    return np.concatenate([visit.noise_pred.double().numpy() for visit in visits])
 
 
 def _table(

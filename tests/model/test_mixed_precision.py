@@ -79,6 +79,30 @@ def test_the_layers_chosen_cost_less_than_the_others_would():
 
 
 @torch.no_grad()
+def test_layers_are_rounded_for_the_inputs_they_get_unless_they_are_too_wide(monkeypatch):
+    pair = rewritten()
+    full = pair[0]
+    candidates = linear_candidates(full)
+    most = compression(full, candidates)
+    inputs = step_inputs(width=32)
+    expected = full(*inputs)[0].numpy()
+    rounded = choose(full, most)
+    monkeypatch.setattr("cq_edge.model.mixed_precision.WIDEST", 32)
+    partly = choose(full, most)
+
+    def quality_db(chosen):
+        quantised = quantize_for_xnnpack(pair, four_bits={f"0.{k}": v for k, v in chosen.items()})
+        return sqnr_db(expected, quantised[0](*inputs)[0].numpy())
+
+    for name, layer in candidates.items():
+        plain = nearest(layer.weight).levels
+        assert torch.equal(partly[name].levels, plain) == (layer.in_features > 32)
+        assert not torch.equal(rounded[name].levels, plain)
+    to_the_nearest = {name: nearest(layer.weight) for name, layer in candidates.items()}
+    assert quality_db(rounded) > quality_db(to_the_nearest) + 1
+
+
+@torch.no_grad()
 def test_trying_leaves_the_weights_as_they_were():
     full, told = rewritten()[0], []
     before = {name: p.clone() for name, p in full.named_parameters()}
