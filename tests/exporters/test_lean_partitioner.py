@@ -1,6 +1,8 @@
+import pytest
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge
+from executorch.exir.backend.canonical_partitioners import group_partitioner
 from torch import nn
 from torch.fx import symbolic_trace
 from torch.fx.passes.infra import partitioner
@@ -10,17 +12,19 @@ from cq_edge.model.split import split_unet
 from exporters.lean_partitioner import LeanDependencyViewer, lean_partitioner
 from tests.model.tiny_models import step_inputs, tiny_unet
 
-TORCHS = partitioner._DependencyViewer
+MODULES = (partitioner, group_partitioner)
+THEIRS = [module._DependencyViewer for module in MODULES]
 
 
-def test_what_follows_from_a_node_is_what_torch_finds():
+@pytest.mark.parametrize("viewer", THEIRS)
+def test_what_follows_from_a_node_is_what_they_find(viewer):
     class Diamond(nn.Module):
         def forward(self, x, y):
             a, b = x + 1, x * y
             return torch.cat([a * b, a - 2, y]), b
 
     module = symbolic_trace(Diamond())
-    theirs, ours = TORCHS(module), LeanDependencyViewer(module)
+    theirs, ours = viewer(module), LeanDependencyViewer(module)
     sizes = set()
     for node in module.graph.nodes:
         assert ours.downstreams_of(node) == theirs.downstreams_of(node)
@@ -39,7 +43,7 @@ def test_a_unet_is_partitioned_as_torch_would():
 
     theirs = tags()
     with lean_partitioner():
-        assert partitioner._DependencyViewer is LeanDependencyViewer
+        assert {module._DependencyViewer for module in MODULES} == {LeanDependencyViewer}
         assert tags() == theirs
-    assert partitioner._DependencyViewer is TORCHS
+    assert [module._DependencyViewer for module in MODULES] == THEIRS
     assert len({tag for tag in theirs if tag}) >= 1
