@@ -85,18 +85,36 @@ def test_transformers_need_no_mean_of_tokens_and_stay_equal(mean):
 
 
 @pytest.mark.parametrize("context_width", [None, 10])
-@pytest.mark.parametrize("at_once", [4, 60, 130, 1024])
+@pytest.mark.parametrize("at_once", [4, 60, 130, 260, 1024])
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_attention_is_numerically_equal_whole_by_head_or_in_chunks(
     monkeypatch, batch, context_width, at_once
 ):
     monkeypatch.setattr(lean_attention, "SCORES_AT_ONCE", at_once)
-    attention = Attention(16, cross_attention_dim=context_width, heads=2, dim_head=8)
+    attention = Attention(16, cross_attention_dim=context_width, heads=4, dim_head=4)
     tokens = torch.randn(batch, 11, 16)
     context = None if context_width is None else torch.randn(batch, 5, 10)
     expected = attention(tokens, encoder_hidden_states=context)
     assert agreement_db(expected, LeanAttention(attention)(tokens, context)) > 110
+
+
+@pytest.mark.parametrize(
+    ("at_once", "most", "pieces"), [(128, 100, 6), (256, 100, 3), (20, 100, 66), (20, 8, 12)]
+)
+def test_attention_goes_heads_together_and_in_few_pieces(monkeypatch, at_once, most, pieces):
+    monkeypatch.setattr(lean_attention, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(lean_attention, "MOST_PIECES", most)
+    shapes = []
+    weighted = lean_attention._weighted
+    monkeypatch.setattr(
+        lean_attention, "_weighted", lambda *x: shapes.append(x[0].shape) or weighted(*x)
+    )
+    queries, keys, values = torch.randn(6, 11, 3), torch.randn(6, 3, 11), torch.randn(6, 11, 3)
+    found = lean_attention._attended(queries, keys, values)
+    assert agreement_db(weighted(queries, keys, values), found) > 110
+    assert len(shapes) == pieces
+    assert max(heads * rows * 11 for heads, rows, _ in shapes) <= max(at_once, 6 * 11 * 11 // most)
 
 
 @torch.no_grad()
