@@ -501,7 +501,7 @@ def _optimize(
         return float_graphs(pipeline, config)
     if config.compression is None:
         return optimize(pipeline, config)
-    with tqdm(desc="try layers at four bits", unit="layer") as progress:
+    with tqdm(desc="round layers to four bits, then try them", unit="layer") as progress:
         return optimize(pipeline, config, progress.update)
 
 

@@ -44,7 +44,7 @@ _DESCRIPTION = """\
 Draws the same captions from the same seeds in every way that there is (float32 at every step,
 quantised only, cached only, both, with and without corrections, a uniform cache, fewer steps)
 and compares speed, size and quality. The ways take turns caption by caption, in one process.
-Ctrl-C compares what was drawn until then; with --keep the next run goes on from there."""
+Ctrl-C compares what was drawn until then."""
 
 _EXAMPLES = """\
 examples:
@@ -115,8 +115,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", action="append", metavar="NAME", help="of the ways to draw, beside float32; "
         "repeatable (default: all). One way takes a quarter of the time, which is worth spending "
         "on more captions")  # fmt: skip
-    add("--keep", type=Path, metavar="DIR", help="keep the pictures there, and draw none of those "
-        f"again but the first {_TIMED_CAPTIONS} captions', for the time they take")  # fmt: skip
+    add("--keep", type=Path, metavar="DIR", help="keep the captions' pictures there and draw none "
+        f"of them again, but the first {_TIMED_CAPTIONS} captions' for the time they take (the "
+        "frontier's are not kept; a plan that differs, as this run's times may have it, draws its "
+        "own)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="(default: one per core)")
     add("--json", type=Path, metavar="FILE", help="write the table for programs")
     add("--html", type=Path, metavar="FILE", help="write a report with pictures, in one file")
@@ -137,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
         from cq_edge.model.scorer import DEMO_SCORER, Scorer
 
         scorer = Scorer.load(args.scorer or DEMO_SCORER)
+    kept = None if args.keep is None else KeptPictures(args.keep)
     bundles = [open_bundle(folder) for folder in (args.reference, args.bundle)]
     _require_same_model(*bundles)
     # both before either loads a graph: graphs keep the thread pool they were loaded with
@@ -145,7 +148,6 @@ def run(args: argparse.Namespace) -> int:
     reference, ours = map(_side, bundles, engines, profiles)
     captions, world = _captions(args)
     variants = _chosen(_variants(reference, ours, args.speedup), args.only)
-    kept = None if args.keep is None else KeptPictures(args.keep)
     drawn = _draw_all(variants, captions, kept)
     interrupted = drawn < len(captions)
     captions, world = captions[:drawn], None if world is None else world[:drawn]
@@ -347,21 +349,21 @@ def _draw_caption(
     old: list[NDArray[np.uint8] | None] = [None] * len(variants)
     if kept is not None and seed >= _TIMED_CAPTIONS:
         old = [kept.find(variant.method, caption, seed) for variant in variants]
-    found = [
-        draw(variant.method, caption, seed) if picture is None else picture
-        for variant, picture in zip(variants, old, strict=True)
-    ]
-    timed = all(picture is None for picture in old)
-    for variant, drawn in zip(variants, found, strict=True):
-        if not isinstance(drawn, Drawn):
-            variant.pictures.append(drawn)
+    found: list[Drawn | NDArray[np.uint8]] = []
+    for variant, picture in zip(variants, old, strict=True):
+        if picture is not None:
+            found.append(picture)
             continue
-        variant.pictures.append(drawn.picture)
+        drawn = draw(variant.method, caption, seed)
         if kept is not None:
             kept.keep(variant.method, caption, seed, drawn.picture)
-        if timed:
-            variant.loop_ms.append(drawn.loop_ms)
-            variant.total_ms.append(drawn.total_ms)
+        found.append(drawn)
+    timed = all(picture is None for picture in old)
+    for variant, one in zip(variants, found, strict=True):
+        variant.pictures.append(one.picture if isinstance(one, Drawn) else one)
+        if timed and isinstance(one, Drawn):
+            variant.loop_ms.append(one.loop_ms)
+            variant.total_ms.append(one.total_ms)
 
 
 def _rows(

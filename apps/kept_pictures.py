@@ -2,31 +2,35 @@
 
 import hashlib
 import json
-from dataclasses import fields
-from importlib.metadata import version
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.pictures import write_png
+from apps.pictures import check_writable, write_png
+from cq_edge import __version__
+from runtime.conditions import library
 from runtime.draw import Method
-
-_ENGINES = ("executorch", "coremltools")
 
 
 class KeptPictures:
     """A folder of PNG files, those of one method in a folder below it.
 
-    A method's folder is named after all that its pictures follow from: the bundle's files, the
-    steps and their modes, the corrections, the engines' versions. What was drawn in another way
-    is never taken for it.
+    A method's folder is named after what its pictures follow from: graphs and prompts' words,
+    noise schedule, steps and their modes, corrections, the versions of cq-edge and of the engine.
+    What was drawn in another way is never taken for it.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Takes the folder, which need not exist."""
+        """Takes the folder, which need not exist.
+
+        Raises:
+            CQEdgeError: It cannot be made or written.
+        """
+        check_writable([folder / "picture.png"], force=True)
         self._folder = folder
-        self._names: dict[int, tuple[Method, str]] = {}
+        self._names: dict[Method, str] = {}
 
     def find(self, method: Method, caption: str, seed: int) -> NDArray[np.uint8] | None:
         """Returns the (H, W, 3) uint8 picture, or None where there is none that can be read."""
@@ -50,19 +54,25 @@ class KeptPictures:
         write_png(picture, self._path(method, seed), caption, record)
 
     def _path(self, method: Method, seed: int) -> Path:
-        if id(method) not in self._names:
-            self._names[id(method)] = (method, _name(method))
-        return self._folder / self._names[id(method)][1] / f"{seed:06d}.png"
+        if method not in self._names:
+            self._names[method] = _name(method)
+        return self._folder / self._names[method] / f"{seed:06d}.png"
 
 
 def _name(method: Method) -> str:
-    """Returns 16 hexadecimal digits that stand for all that a method's pictures follow from."""
+    """Returns 16 hexadecimal digits that stand for what a method's pictures follow from."""
     manifest = method.bundle.manifest
+    words = [file for t in manifest.tokenizers for file in (t.vocab, t.merges)]
     told = {
-        "files": {name: entry.sha256 for name, entry in sorted(manifest.files.items())},
-        "engines": {name: version(name) for name in _ENGINES},
-        "noise_scheduler": method.noise_scheduler or manifest.defaults.noise_scheduler,
+        "cq_edge": __version__,
+        "engines": sorted(library(entry.backend) for entry in manifest.graphs.values()),
+        "graphs": method.bundle.graphs_sha256(),
+        "tokenizers": [manifest.files[file].sha256 for file in words],
+        "noise_schedule": asdict(manifest.noise_schedule),
+        "guidance": manifest.guidance,
         "guidance_scale": manifest.defaults.guidance_scale,
+        "empty_negative_prompt": manifest.empty_negative_prompt,
+        "noise_scheduler": method.noise_scheduler or manifest.defaults.noise_scheduler,
         "steps": method.steps,
         "modes": method.schedule.to_string(),
     }

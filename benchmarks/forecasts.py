@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from apps.engines import engine_for
-from benchmarks.full_loop import full_loop, told
+from benchmarks.full_loop import full_loop, prompt_contexts
 from cq_edge.model.capture import MAX_SKIP
 from cq_edge.noise_scheduler import NoiseScheduler, make_noise_scheduler
 from cq_edge.scenes import scenes
@@ -48,7 +48,10 @@ def main() -> None:
     engine = engine_for(bundle, args.threads)
     loop = full_loop(engine, bundle)
     runs = [
-        [v.noise_pred.double().numpy() for v in loop.run(number, told(engine, bundle, caption))]
+        [
+            v.noise_pred.double().numpy()
+            for v in loop.run(number, prompt_contexts(engine, bundle, caption))
+        ]
         for number, caption in enumerate(tqdm(captions, desc="captions"))
     ]
     text = _table(

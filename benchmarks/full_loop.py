@@ -38,7 +38,7 @@ def full_loop(engine: Engine, bundle: Bundle) -> Loop:
     )
 
 
-def told(engine: Engine, bundle: Bundle, caption: str) -> Prompt:
+def prompt_contexts(engine: Engine, bundle: Bundle, caption: str) -> Prompt:
     """Returns what the graph is told of the empty prompt and of a caption."""
     negative, prompt = (
         tuple(map(torch.from_numpy, encode_prompt(engine, bundle.tokenizers(), text)[0].values()))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from apps.engines import engine_for
-from benchmarks.full_loop import full_graph, full_loop, told
+from benchmarks.full_loop import full_graph, full_loop, prompt_contexts
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
 
@@ -59,7 +59,7 @@ def _run(
     exact: list[list[NDArray[np.float64]]] = []
     found: list[list[list[NDArray[np.float64]]]] = [[] for _ in graphs]
     for number, caption in enumerate(tqdm(captions, desc="captions")):
-        prompt = told(engine, reference, caption)
+        prompt = prompt_contexts(engine, reference, caption)
         exact.append([])
         for runs in found:
             runs.append([])

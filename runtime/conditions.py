@@ -22,7 +22,7 @@ def machine_conditions(backend: str, threads: int | None) -> dict[str, str | int
         threads: That were asked for; None: one per core.
     """
     return {
-        "engine": f"{backend}, {_library(backend)}",
+        "engine": f"{backend}, {library(backend)}",
         "threads": threads or cores(),
         "processor": processor(),
         "cores": cores(),
@@ -61,7 +61,8 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _library(backend: str) -> str:
+def library(backend: str) -> str:
+    """Returns the library that runs a backend's graphs, with its version."""
     name = _LIBRARIES.get(backend, backend)
     try:
         return f"{name} {version(name)}"

@@ -57,6 +57,5 @@ def _converted(part: nn.Module, name: str) -> nn.Module:
     converted = quantize_for_xnnpack(rewrite_for_xnnpack(nn.ModuleDict({name: part})))[name]
     for module in part.modules():
         module._parameters.clear()
-    del part
     give_back()
     return converted

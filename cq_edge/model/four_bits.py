@@ -16,7 +16,8 @@ from torchao.quantization.quant_primitives import (
 
 GROUP = 32
 WIDEST = 6144
-"""Inputs of the widest layer that is rounded by `compensated`: its products take 151 MB."""
+"""Inputs of the widest layer that is rounded by `compensated`: its products take 151 MB, and what
+is made of them four times that."""
 _LEAST, _MOST = -8, 7
 _DAMPING = 0.01
 
@@ -59,13 +60,13 @@ def compensated(weight: Tensor, products: Tensor) -> FourBits:
 
     Args:
         weight: (O, I), I a multiple of `GROUP`.
-        products: (I, I), the sum of x·xᵀ over the inputs x that were seen.
+        products: (I, I), the sum of x·xᵀ over the inputs x that were seen: GPTQ's H.
 
     Source: GPTQ (Frantar et al. 2023, arXiv 2210.17323), algorithm 1 with grids for groups.
     torchao's own is for CUDA and for other formats.
     """
     left = weight.detach().float().clone()
-    spread = _conditional_spread(products)
+    factor = _inverse_factor(products)
     levels = torch.empty_like(left, dtype=torch.int8)
     scales = []
     for start in range(0, left.shape[1], GROUP):
@@ -76,15 +77,15 @@ def compensated(weight: Tensor, products: Tensor) -> FourBits:
             column = start + i
             rounded = (left[:, column, None] / scale).round().clamp(_LEAST, _MOST)
             levels[:, column] = rounded[:, 0].to(torch.int8)
-            error = (left[:, column, None] - rounded * scale) / spread[column, column]
-            left[:, column : columns.stop] -= error * spread[column, column : columns.stop]
+            error = (left[:, column, None] - rounded * scale) / factor[column, column]
+            left[:, column : columns.stop] -= error * factor[column, column : columns.stop]
             errors[:, i] = error[:, 0]
-        left[:, columns.stop :] -= errors @ spread[columns, columns.stop :]
+        left[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
         scales.append(scale)
     return FourBits(levels, torch.cat(scales, dim=1))
 
 
-def _conditional_spread(products: Tensor) -> Tensor:
+def _inverse_factor(products: Tensor) -> Tensor:
     """Returns the (I, I) upper Cholesky factor of the products' inverse, float32: row i is what
     changing input i's weight makes of the best weights of the inputs behind it."""
     damped = products.double()

@@ -25,7 +25,9 @@ from cq_edge.model.unfolded_conv import (
 from cq_edge.noise_scheduler import NoiseScheduler
 
 Layer = nn.Linear | nn.Conv2d
+_Run = tuple[int, Prompt, NoiseScheduler]  # with the seed of its noise first
 _TRIED_PROMPTS = 2
+_PRODUCTS_BYTES = 2 << 30
 _SCALE_BYTES, _GROUP_SCALE_BYTES = 4, 2  # XNNPACK's are float32 and bfloat16
 
 
@@ -42,26 +44,27 @@ def choose_four_bits(
     full: nn.Module,
     compression: float,
     prompts: Sequence[Prompt],
-    noise_scheduler: NoiseScheduler,
+    noise_schedulers: Sequence[NoiseScheduler],
     latents_shape: tuple[int, int, int],
     guidance_scale: float,
     on_layer: Callable[[], object] = lambda: None,
 ) -> dict[str, FourBits]:
     """Returns the weights of the layers of `full` that are to have four bits, by name.
 
-    Each candidate is rounded to four bits, for the inputs that it has in short runs of the loop
-    on the prompts. With it alone rounded the guided noise prediction's squared error is measured
-    on the first of them, weighted by each step's influence. Layers are taken in the order of that
-    error per byte saved.
+    Each candidate is rounded to four bits for the inputs that it has in short runs of the loop.
+    With it alone rounded the guided noise prediction's squared error is measured over other runs,
+    weighted by each step's influence. Layers are taken in the order of that error per byte saved.
 
     Args:
         full: The rewritten `FullUNet`, float; weights are put back.
         compression: Float32 bytes of the parameters over bytes of the weights stored, at least.
-        prompts: The contexts of a few prompts.
-        noise_scheduler: Of a few steps.
+        prompts: The contexts of some prompts. Errors are measured on the first.
+        noise_schedulers: Of a few steps, different ones each. The first measures errors; with each
+            of the others a prompt is run, the last ones first, for the inputs.
         latents_shape: (4, h, w).
         guidance_scale: Of the guided prediction.
-        on_layer: Called after each candidate, for progress bars.
+        on_layer: Called after each candidate that was rounded, and again after its error was
+            measured, for progress bars.
 
     Raises:
         UsageError: The layers there are do not save enough; says how much is possible.
@@ -78,12 +81,15 @@ def choose_four_bits(
             f"the UNet cannot be {compression:g} times smaller: with four bits wherever they are "
             f"possible it is {most:.2f} times smaller; ask for less"
         )
-    products = _Products(full, [*chosen, *layers])
-    samples = _samples(full, prompts, noise_scheduler, latents_shape)
-    products.stop()
-    rounded = {name: products.rounded(name) for name in chosen}
-    tried = samples[: _TRIED_PROMPTS * len(noise_scheduler.timesteps)]
-    errors = _errors(full, layers, tried, guidance_scale, products, rounded, on_layer)
+    measuring, *others = noise_schedulers
+    tried = [(seed, prompt, measuring) for seed, prompt in enumerate(prompts[:_TRIED_PROMPTS])]
+    seen = [
+        (_TRIED_PROMPTS + i, prompts[-1 - i % len(prompts)], noise_scheduler)
+        for i, noise_scheduler in enumerate(others)
+    ]
+    rounded = _rounded(full, [*chosen, *layers], seen, latents_shape, on_layer)
+    samples = [sample for run in tried for sample in _samples(full, *run, latents_shape)]
+    errors = _errors(full, layers, rounded, samples, guidance_scale, on_layer)
     saved = {name: _saved_bytes(layer) for name, layer in layers.items()}
     for name in sorted(layers, key=lambda name: errors[name] / saved[name]):
         if stored_bytes(full, chosen) <= target:
@@ -138,69 +144,95 @@ def _saved_bytes(layer: Layer) -> int:
 
 def _samples(
     full: nn.Module,
-    prompts: Sequence[Prompt],
+    seed: int,
+    prompt: Prompt,
     noise_scheduler: NoiseScheduler,
     latents_shape: tuple[int, int, int],
 ) -> list[_Sample]:
-    """Runs the loop on the prompts alone, unguided, and returns what the graph saw."""
+    """Runs the loop on a prompt alone, unguided, and returns what the graph saw."""
     influence = step_influence(noise_scheduler)
-    samples = []
-    for seed, branches in enumerate(prompts):
-        generator = torch.Generator().manual_seed(seed)
-        latents = torch.randn((1, *latents_shape), generator=generator)
-        latents = latents * noise_scheduler.init_noise_sigma
-        history: tuple[Tensor, ...] = ()
-        for step, time in enumerate(noise_scheduler.timesteps):
-            seen = noise_scheduler.model_input(latents, step).expand(2, -1, -1, -1)
-            context = (torch.cat(both) for both in zip(*branches, strict=True))
-            inputs = (seen, torch.tensor([time]), *context)
-            samples.append(_Sample(inputs, float(influence[step]) ** 2))
-            predicted = full(*inputs)[0][1:]
-            latents, history = noise_scheduler.advance(latents, predicted, step, history)
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn((1, *latents_shape), generator=generator)
+    latents = latents * noise_scheduler.init_noise_sigma
+    samples, history = [], ()
+    for step, time in enumerate(noise_scheduler.timesteps):
+        seen = noise_scheduler.model_input(latents, step).expand(2, -1, -1, -1)
+        context = (torch.cat(both) for both in zip(*prompt, strict=True))
+        inputs = (seen, torch.tensor([time]), *context)
+        samples.append(_Sample(inputs, float(influence[step]) ** 2))
+        predicted = full(*inputs)[0][1:]
+        latents, history = noise_scheduler.advance(latents, predicted, step, history)
     return samples
 
 
-class _Products:
-    """Sums x·xᵀ over the inputs that layers get, until it is stopped."""
-
-    def __init__(self, full: nn.Module, names: Collection[str]) -> None:
-        self._layers = {name: full.get_submodule(name) for name in names}
-        self._sums: dict[str, Tensor] = {}
-        self._hooks = [
-            layer.register_forward_pre_hook(partial(self._add, name))
-            for name, layer in self._layers.items()
-            if _matrix(layer).shape[1] <= WIDEST
+def _rounded(
+    full: nn.Module,
+    names: Sequence[str],
+    runs: Sequence[_Run],
+    latents_shape: tuple[int, int, int],
+    on_layer: Callable[[], object],
+) -> dict[str, FourBits]:
+    """Returns the layers' weights, rounded for the inputs that they have in the runs; of as many
+    layers at a time as fit into `_PRODUCTS_BYTES`."""
+    found = {}
+    for part in _parts(full, names):
+        sums: dict[str, Tensor] = {}
+        hooks = [
+            full.get_submodule(name).register_forward_pre_hook(partial(_add_products, sums, name))
+            for name in part
+            if _products_bytes(full, name)
         ]
-
-    def _add(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        (x,) = inputs
-        rows = (neighbourhoods(x) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2)
-        if name not in self._sums:
-            self._sums[name] = torch.zeros(rows.shape[1], rows.shape[1])
-        self._sums[name].addmm_(rows.T, rows)
-
-    def stop(self) -> None:
-        """Lets the layers be."""
-        for hook in self._hooks:
+        for run in runs if hooks else ():
+            _samples(full, *run, latents_shape)
+        for hook in hooks:
             hook.remove()
+        for name in part:
+            matrix, products = _matrix(full.get_submodule(name)), sums.pop(name, None)
+            found[name] = nearest(matrix) if products is None else compensated(matrix, products)
+            on_layer()
+    return found
 
-    def rounded(self, name: str) -> FourBits:
-        """Returns a layer's weights in four bits; may be asked once."""
-        matrix, products = _matrix(self._layers[name]), self._sums.pop(name, None)
-        return nearest(matrix) if products is None else compensated(matrix, products)
+
+def _parts(full: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    """Returns the names in groups whose products take no more than `_PRODUCTS_BYTES`, if one
+    layer's do not."""
+    parts: list[list[str]] = []
+    held = 0
+    for name in names:
+        held += _products_bytes(full, name)
+        if not parts or held > _PRODUCTS_BYTES:
+            parts.append([])
+            held = _products_bytes(full, name)
+        parts[-1].append(name)
+    return parts
+
+
+def _products_bytes(full: nn.Module, name: str) -> int:
+    """Returns what the products of a layer's inputs take; 0 if they are not to be had."""
+    width = _matrix(full.get_submodule(name)).shape[1]
+    return 4 * width**2 if width <= WIDEST else 0
+
+
+def _add_products(
+    sums: dict[str, Tensor], name: str, layer: nn.Module, inputs: tuple[Tensor, ...]
+) -> None:
+    """A hook that adds x·xᵀ of a layer's inputs to its sum."""
+    (x,) = inputs
+    rows = (neighbourhoods(x) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2)
+    if name not in sums:
+        sums[name] = torch.zeros(rows.shape[1], rows.shape[1])
+    sums[name].addmm_(rows.T, rows)
 
 
 def _errors(
     full: nn.Module,
     layers: Mapping[str, Layer],
+    rounded: Mapping[str, FourBits],
     samples: list[_Sample],
     guidance_scale: float,
-    products: _Products,
-    rounded: dict[str, FourBits],
     on_layer: Callable[[], object],
 ) -> dict[str, float]:
-    """Returns each layer's error of the guided noise prediction, had it alone four bits, and adds
-    its weights to `rounded`."""
+    """Returns each layer's error of the guided noise prediction, had it alone four bits."""
 
     def guided(sample: _Sample) -> Tensor:
         uncond, cond = full(*sample.inputs)[0]
@@ -210,9 +242,9 @@ def _errors(
     expected = [guided(sample) for sample in samples]
     errors = {}
     for name, layer in layers.items():
-        rounded[name] = products.rounded(name)
-        kept = layer.weight
-        layer.weight = nn.Parameter(_folded(rounded[name].weight(), layer), requires_grad=False)
+        kept, matrix = layer.weight, rounded[name].weight()
+        folded = folded_weight(matrix, layer) if isinstance(layer, nn.Conv2d) else matrix
+        layer.weight = nn.Parameter(folded, requires_grad=False)
         errors[name] = sum(
             sample.weight * float((guided(sample) - right).square().mean())
             for sample, right in zip(samples, expected, strict=True)
@@ -228,7 +260,3 @@ def _matrix(layer: nn.Module) -> Tensor:
         return unfolded_weight(layer)
     weight: Tensor = layer.weight.detach()  # type: ignore[operator]
     return weight
-
-
-def _folded(matrix: Tensor, layer: Layer) -> Tensor:
-    return folded_weight(matrix, layer) if isinstance(layer, nn.Conv2d) else matrix

@@ -28,7 +28,9 @@ from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 QUANTIZATIONS = ("int8", "none")
 _COMPARED_PROMPTS = 4  # what noise schedulers and steps are compared on
-_FOUR_BIT_PROMPTS, _FOUR_BIT_STEPS = 8, 5  # whose inputs layers of four bits are rounded for
+# layers are tried at four bits in runs of the first number of steps, and rounded for the inputs of
+# runs of the others: steps that layers see again and again would be fitted too well
+_FOUR_BIT_STEPS = (5, 6, 7, 8, 9, 11, 12, 13, 14)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ def optimize(
     Args:
         pipeline: As `load_pipeline` returns it; left as it was.
         config: How to split and quantise.
-        on_layer: Called after each layer that was tried at four bits, for progress bars.
+        on_layer: Called as `choose_four_bits` does, for progress bars.
 
     Raises:
         ModelError: If the UNet cannot be split.
@@ -274,8 +276,8 @@ def _four_bits(
     return choose_four_bits(
         full,
         compression,
-        embed_prompts(pipeline, config.prompts[:_FOUR_BIT_PROMPTS], config.guidance_scale),
-        make_noise_scheduler("ddim", _FOUR_BIT_STEPS, noise_schedule),
+        embed_prompts(pipeline, config.prompts, config.guidance_scale),
+        [make_noise_scheduler("ddim", steps, noise_schedule) for steps in _FOUR_BIT_STEPS],
         latents_shape(pipeline),
         _branch_scale(pipeline, config),
         on_layer,

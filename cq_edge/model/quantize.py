@@ -121,21 +121,18 @@ def quantize_for_xnnpack(
     for child in quantized.modules():
         if isinstance(child, nn.Linear) and names[id(child)] in four_bits:
             child.weight = _stored(four_bits[names[id(child)]])
-    done: set[int] = set()
 
-    def is_float(child: nn.Module, _name: str) -> bool:
-        """Returns whether a layer is to be int8 and is not: each is met once for every owner."""
-        wanted = isinstance(child, nn.Linear) and id(child) not in done
-        wanted = wanted and not isinstance(child.weight, IntxUnpackedToInt8Tensor)
-        wanted = wanted and not is_named(names[id(child)], keep)
-        if wanted:
-            done.add(id(child))
-        return wanted
+    def stays_to_quantize(child: nn.Module, _name: str) -> bool:
+        return (
+            isinstance(child, nn.Linear)
+            and not isinstance(child.weight, IntxUnpackedToInt8Tensor)
+            and not is_named(names[id(child)], keep)
+        )
 
     wide = Int8DynamicActivationIntxWeightConfig(
         weight_dtype=torch.int8, weight_granularity=PerAxis(0)
     )
-    quantize_(quantized, wide, filter_fn=is_float)
+    quantize_(quantized, wide, filter_fn=stays_to_quantize)
     return quantized
 
 

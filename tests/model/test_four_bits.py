@@ -6,9 +6,13 @@ from cq_edge.metrics import sqnr_db
 from cq_edge.model.four_bits import GROUP, compensated, nearest
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def inputs(count, width):
     """Returns inputs that share much, as those of a layer do: (N, I), off zero."""
-    torch.manual_seed(0)
     mixed = torch.randn(count, 24) @ torch.randn(24, width)
     return mixed + 0.3 * torch.randn(count, width) + 0.5
 
@@ -43,7 +47,7 @@ def test_few_inputs_and_none_leave_weights_that_can_be_used(count):
     weight = torch.randn(6, GROUP)
     found = compensated(weight, x.T @ x)
     assert torch.isfinite(found.weight()).all()
-    assert sqnr_db(weight.numpy(), found.weight().numpy()) > 10
+    assert sqnr_db(weight.numpy(), found.weight().numpy()) > 13
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from torch import nn
 
 from cq_edge.errors import UsageError
 from cq_edge.metrics import sqnr_db
+from cq_edge.model import mixed_precision
 from cq_edge.model.four_bits import nearest
 from cq_edge.model.mixed_precision import (
     choose_four_bits,
@@ -29,11 +30,11 @@ def rewritten():
     return rewrite_for_xnnpack(nn.ModuleList(split_unet(unet)))
 
 
-def choose(full, compression, **changes):
+def choose(full, compression, counts=(2, 3), **changes):
     generator = torch.Generator().manual_seed(0)
     prompts = [tuple((told,) for told in torch.randn(2, 1, 77, 32, generator=generator))]
-    scheduler = make_noise_scheduler("ddim", 2, NoiseScheduleConfig())
-    return choose_four_bits(full, compression, prompts, scheduler, (4, 8, 8), 3.0, **changes)
+    schedulers = [make_noise_scheduler("ddim", steps, NoiseScheduleConfig()) for steps in counts]
+    return choose_four_bits(full, compression, prompts, schedulers, (4, 8, 8), 3.0, **changes)
 
 
 def to_nearest(full, names):
@@ -103,11 +104,42 @@ def test_layers_are_rounded_for_the_inputs_they_get_unless_they_are_too_wide(mon
 
 
 @torch.no_grad()
+def test_layers_rounded_in_parts_are_rounded_alike(monkeypatch):
+    full = rewritten()[0]
+    most = compression(full, linear_candidates(full))
+    whole = choose(full, most)
+    monkeypatch.setattr("cq_edge.model.mixed_precision._PRODUCTS_BYTES", 300_000)
+    parts = choose(full, most)
+    assert list(whole) == list(parts)
+    for name, found in whole.items():
+        assert torch.equal(found.levels, parts[name].levels)
+
+
+@torch.no_grad()
+def test_errors_are_measured_in_runs_that_nothing_was_rounded_for(monkeypatch):
+    runs, module = [], "cq_edge.model.mixed_precision"
+    samples = mixed_precision._samples
+
+    def watched(full, seed, prompt, noise_scheduler, shape):
+        runs.append((seed, tuple(noise_scheduler.timesteps)))
+        return samples(full, seed, prompt, noise_scheduler, shape)
+
+    monkeypatch.setattr(f"{module}._samples", watched)
+    full = rewritten()[0]
+    choose(full, compression(full, ()) * 1.02, (5, 6, 7))
+    *seen, tried = runs
+    assert len(seen) == 2
+    assert tried[0] not in {seed for seed, _ in seen}
+    between = [set(times[1:-1]) for _, times in [*seen, tried]]  # all begin and end alike
+    assert not between[-1] & set.union(*between[:-1])
+
+
+@torch.no_grad()
 def test_trying_leaves_the_weights_as_they_were():
     full, told = rewritten()[0], []
     before = {name: p.clone() for name, p in full.named_parameters()}
     choose(full, compression(full, ()) * 1.02, on_layer=lambda: told.append(None))
-    assert len(told) == len(linear_candidates(full))
+    assert len(told) == 2 * len(linear_candidates(full))
     assert all(torch.equal(p, before[name]) for name, p in full.named_parameters())
 
 
