@@ -335,11 +335,12 @@ def run(args: argparse.Namespace) -> int:
             del pipeline
             optimized = optimized.released()
             exported = _export(optimized, specs, folder)
+            optimized = optimized.exported()
             gc.collect()  # the toolchain's graphs refer to themselves
             give_back()
             with quiet_toolchains():
                 pipeline = load_model(args, narrow=_keeps_narrow(args))
-            optimized = optimized.exported(pipeline, config)
+            optimized = optimized.compared_with(pipeline, config)
         stages.end("export")
         runs = calibration_steps(len(prompts), totals)
         with tqdm(total=runs, desc="calibrate", unit="step") as progress:

@@ -14,8 +14,10 @@ from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config.generic_node_configs import CatConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+from executorch.exir.backend import utils as backend_utils
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -74,6 +76,10 @@ def export_executorch(modules: Modules, path: Path) -> ExportReport:
             program = edge.to_executorch()
         except Exception as error:
             raise ExportError(f"{', '.join(modules)} could not be lowered: {error}") from error
+        finally:
+            # they hold nodes and graphs, and so all constants
+            backend_utils.is_same_node.cache_clear()
+            FakeTensorMode.cache_clear()
     beside = path.with_name(f"{path.name}.partial")
     with beside.open("wb") as file:
         program.write_to_file(file)

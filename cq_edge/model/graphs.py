@@ -35,7 +35,7 @@ class EncodePairGraph(nn.Module):
     """SDXL's two text towers: the hidden states before each one's last layer, side by side, and
     the second one's projected summary."""
 
-    end: Tensor
+    end: Tensor | None
 
     def __init__(self, text: CLIPTextModel, second: CLIPTextModelWithProjection) -> None:
         """Raises ModelError if a tower's activation is none that CLIP has."""
@@ -46,14 +46,19 @@ class EncodePairGraph(nn.Module):
         self.last = _text_layer(inner, inner.encoder.layers[-1])
         self.norm = inner.final_layer_norm
         self.projection = second.text_projection
-        self.register_buffer("end", torch.tensor([_end_of_text(inner)]), persistent=False)
+        end = inner.config.eos_token_id
+        written = end != _UNWRITTEN_END
+        self.register_buffer("end", torch.tensor([end]) if written else None, persistent=False)
 
     def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the (1, L, D1 + D2) embeddings and the (1, P) pooled text of each tokenizer's
         (1, L) int64 ids."""
         first, second = self.first(input_ids), self.second(input_ids_2)
         hidden = self.norm(self.last(second, self.second.mask))
-        place = (input_ids_2 == self.end).to(torch.float32).argmax(dim=-1)
+        # as transformers finds it: configurations from before the token that closes a prompt was
+        # written into them say 2; it has the highest id
+        marks = input_ids_2 if self.end is None else input_ids_2 == self.end
+        place = marks.to(torch.float32).argmax(dim=-1)
         pooled: Tensor = self.projection(hidden.index_select(1, place).reshape(1, -1))
         return torch.cat([first, second], dim=-1), pooled
 
@@ -196,15 +201,6 @@ class _TextLayer(nn.Module):
 def _text_layer(text: CLIPTextModel, layer: Any) -> _TextLayer:
     config = text.config
     return _TextLayer(layer, config.num_attention_heads, _activation(config.hidden_act))
-
-
-def _end_of_text(text: CLIPTextModel) -> int:
-    """Returns the id of the token that closes a prompt, as transformers finds it.
-
-    Configurations from before the token was written into them say 2; it is the vocabulary's last.
-    """
-    end: int = text.config.eos_token_id
-    return text.config.vocab_size - 1 if end == _UNWRITTEN_END else end
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

@@ -84,12 +84,15 @@ class Optimized:
         """Returns what is exported, and no longer holds the float modules of it."""
         return replace(self, reference={})
 
-    def exported(self, pipeline: DiffusionPipeline, config: OptimizeConfig) -> "Optimized":
-        """Returns what is needed once files hold the graphs: the float modules, of the pipeline
-        loaded again, and of the edge ones the shallow, whose layers are fitted to."""
-        reference = _reference(pipeline, *split_unet(pipeline.unet, config.shallow_layers))
-        edge = {"denoise_shallow": self.edge["denoise_shallow"]}
-        return replace(self, reference=reference, edge=edge)
+    def exported(self) -> "Optimized":
+        """Returns what is needed of the edge modules once files hold them: the shallow one, whose
+        layers are fitted to."""
+        return replace(self, edge={"denoise_shallow": self.edge["denoise_shallow"]})
+
+    def compared_with(self, pipeline: DiffusionPipeline, config: OptimizeConfig) -> "Optimized":
+        """Returns it with the float modules of the pipeline, loaded again."""
+        full_and_shallow = split_unet(pipeline.unet, config.shallow_layers)
+        return replace(self, reference=_reference(pipeline, *full_and_shallow))
 
 
 def optimize(

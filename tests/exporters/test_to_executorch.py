@@ -1,6 +1,9 @@
+import gc
+
 import numpy as np
 import pytest
 import torch
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import nn
 
 from cq_edge.errors import ExportError
@@ -57,6 +60,19 @@ def test_a_module_in_training_mode_is_refused(tmp_path):
         "graph denoise is in training mode: call eval() on its module first"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_of_what_was_lowered_stays_in_memory(tmp_path):
+    gc.collect()
+    before = {id(found) for found in _lowered()}
+    module = quantize_for_xnnpack(nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 8)))
+    export_executorch({"forward": (module.eval(), (torch.ones(1, 32),))}, tmp_path / "a.pte")
+    gc.collect()
+    assert [found for found in _lowered() if id(found) not in before] == []
+
+
+def _lowered():
+    return [found for found in gc.get_objects() if type(found) is LoweredBackendModule]
 
 
 def test_a_missing_method_is_named_with_those_there_are(tmp_path):

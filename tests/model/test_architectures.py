@@ -5,6 +5,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from cq_edge.errors import ModelError
 from cq_edge.metrics import sqnr_db
@@ -153,6 +154,23 @@ def test_the_pair_of_text_encoders_is_what_sdxl_is_told(tmp_path):
     for lean in (graph, rewrite_for_xnnpack(graph)):
         for found, expected in zip(lean(*ids), reference, strict=True):
             assert sqnr_db(expected.numpy(), found.numpy()) > 100
+
+
+@torch.no_grad()
+def test_text_is_pooled_at_its_end_where_the_configuration_names_no_token(
+    tmp_path,
+):
+    pipeline = load_pipeline(save_tiny_sdxl(tmp_path / "sdxl"))
+    written = pipeline.text_encoder_2.config.to_dict()
+    # as SDXL's own, whose vocabulary a tokenizer of fewer words need not fill
+    changes = {"eos_token_id": 2, "vocab_size": written["vocab_size"] + 50}
+    torch.manual_seed(0)
+    second = CLIPTextModelWithProjection(CLIPTextConfig(**{**written, **changes})).eval()
+    graph = EncodePairGraph(pipeline.text_encoder, second)
+    for prompt in ("a star", "a large red star"):
+        ids = token_ids(pipeline, prompt)
+        expected, found = second(ids[1])[0], graph(*ids)[1]
+        assert sqnr_db(expected.numpy(), found.numpy()) > 100
 
 
 @torch.no_grad()
