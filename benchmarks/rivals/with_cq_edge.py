@@ -57,7 +57,7 @@ class CQEdge:
     def run(self, picture: int, steps: int) -> LoopRun:
         """Runs the project's own loop."""
         task, scheduler = self._task, self._task.make_noise_scheduler()
-        negative, prompt = task.branches(picture)
+        negative, prompt = ({"embeddings": told} for told in task.branches(picture))
         latents, steps_ms = task.latents(picture), []
         guidance = Guidance(prompt, negative, task.guidance)
         for record in denoise(

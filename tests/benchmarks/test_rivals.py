@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from apps.engines import ENGINES
 from benchmarks.rivals.alternate import Result, prepare_all, take_turns
 from benchmarks.rivals.contenders import CONTENDERS, REFERENCE, make
 from benchmarks.rivals.processes import ContenderFailedError, Place, Worker
@@ -18,8 +19,10 @@ from benchmarks.rivals.quality import Quality
 from benchmarks.rivals.table import markdown, rows
 from benchmarks.rivals.task import Task, guided_loop
 from benchmarks.rivals.torch_unet import GuidedUNet
+from benchmarks.rivals.with_cq_edge import CQEdge
 from cq_edge.metrics import sqnr_db
 from cq_edge.model.load import DEMO_MODEL
+from tests.tiny_bundle import FakeEngine, write_bundle
 from tests.tiny_pipeline import save_tiny_pipeline
 
 _INT8 = "cq-edge int8, every step full"
@@ -88,6 +91,21 @@ def test_a_loop_is_cut_short_where_it_should_be(
     assert (run.modes, len(run.steps_ms)) == ("FF", 2)
     assert run.latents is not None and same.latents is not None
     assert sqnr_db(same.latents, run.latents) > 90
+
+
+def test_the_projects_own_contender_runs_its_plan(place, tmp_path, monkeypatch) -> None:
+    write_bundle(tmp_path / "bundle")
+    monkeypatch.setitem(ENGINES, "xnnpack", FakeEngine)
+    (tmp_path / "unet_bytes.json").write_text('{"int8": 1}')
+    task = Task.read(place.task)
+    changes = {"noise_scheduler": "ddim", "steps": 10, "whole_steps": 10, "plan": "uniform:2"}
+    contender = CQEdge(quantised=True, planned=True)
+    contender.load(replace(task, bundle=tmp_path / "bundle", **changes), tmp_path)
+    found = contender.run(1, 4)
+    assert found.modes == "FSFS"
+    assert len(found.steps_ms) == 4
+    assert np.isfinite(found.latents).all()
+    assert not np.array_equal(found.latents, contender.run(0, 4).latents)
 
 
 def test_a_process_that_dies_is_a_failure_with_its_exit_code(place: Place) -> None:
