@@ -18,7 +18,7 @@ from tqdm import tqdm
 from apps.engines import engine_for
 from benchmarks.full_loop import full_loop, prompt_contexts
 from cq_edge.model.capture import MAX_SKIP
-from cq_edge.noise_scheduler import NoiseScheduler, make_noise_scheduler
+from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
 
@@ -40,9 +40,6 @@ def main() -> None:
     args = parser.parse_args()
     bundle = open_bundle(args.bundle)
     defaults = bundle.manifest.defaults
-    noise_scheduler = make_noise_scheduler(
-        defaults.noise_scheduler, defaults.steps, bundle.manifest.noise_schedule
-    )
     table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
     engine = engine_for(bundle, args.threads)
@@ -54,9 +51,8 @@ def main() -> None:
         ]
         for number, caption in enumerate(tqdm(captions, desc="captions"))
     ]
-    text = _table(
-        np.stack([*map(np.concatenate, runs)]), noise_scheduler, table.reuse_influence**2, bundle
-    )
+    predictions = np.stack([np.concatenate(run) for run in runs])
+    text = _table(predictions, loop.noise_scheduler, table.reuse_influence**2, bundle)
     (args.docs / "forecasts.md").write_text(text, encoding="utf-8")
     print(text)
 

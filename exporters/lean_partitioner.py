@@ -2,8 +2,9 @@
 
 torch's partitioner holds of each node the set of all that follow from it. ExecuTorch's, which is
 made of it, does so once more, with all that come before, and has a set of the parts that follow
-from each part, which nothing reads: for the tens of thousands of nodes of SDXL's UNet more than
-30 GB. As the bits of one integer each, what follows from the nodes is 100 MB.
+from each part, which nothing reads: all grow with the square of the nodes, and SDXL's UNet has so
+many that they did not fit into memory. As the bits of one integer each, what follows from a node
+takes a bit for every other.
 """
 
 from collections.abc import Callable, Iterator

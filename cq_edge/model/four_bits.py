@@ -16,8 +16,8 @@ from torchao.quantization.quant_primitives import (
 
 GROUP = 32
 WIDEST = 6144
-"""Inputs of the widest layer that is rounded by `compensated`: its products take 151 MB, and what
-is made of them four times that."""
+"""Inputs of the widest layer that is rounded by `compensated`: its products take 151 MB, and
+factoring them several times that."""
 _LEAST, _MOST = -8, 7
 _DAMPING = 0.01
 

@@ -209,7 +209,8 @@ def _parts(full: nn.Module, names: Sequence[str]) -> list[list[str]]:
 
 def _products_bytes(full: nn.Module, name: str) -> int:
     """Returns what the products of a layer's inputs take; 0 if they are not to be had."""
-    width = _matrix(full.get_submodule(name)).shape[1]
+    weight: Tensor = full.get_submodule(name).weight  # type: ignore[assignment]
+    width = weight[0].numel()
     return 4 * width**2 if width <= WIDEST else 0
 
 
