@@ -187,7 +187,7 @@ def held_out(points: Sequence[Point], folds: Sequence[Split]) -> list[HeldOut]:
     found: list[HeldOut] = []
     for fold in folds:
         fitted = [point for point in points if fold.fits(point.setting)]
-        device = device_of(fitted, **dict.fromkeys(_WORDS, "held out"))
+        device = device_of(fitted, (None, None), **dict.fromkeys(_WORDS, "held out"))
         outside = [point for point in points if fold.holds_out(point.setting)]
         found += [HeldOut.of(point, device) for point in outside]
     return found

@@ -53,6 +53,8 @@ def operator_spec(setting: Setting) -> GraphSpec:
     """Returns what the setting's graph takes and returns."""
     (first, second), side = setting.widths, setting.latents
     picture, tokens = (1, first, side, side), (1, side * side, first)
+    inputs: tuple[tuple[int, ...], ...]
+    output: tuple[int, ...]
     if setting.kind == "attention":
         heads, pixels = first // _HEAD, side * side
         queries, keys = (heads, pixels, _HEAD), (heads, _HEAD, pixels)

@@ -163,7 +163,7 @@ def _save_checks(
     path: Path, modules: Mapping[str, nn.Module], specs: Mapping[str, GraphSpec], samples: Samples
 ) -> None:
     """Writes inputs with the float modules' noise predictions, as bundles carry them."""
-    graphs = {}
+    graphs: dict[str, list[Check]] = {}
     for graph, module in modules.items():
         names = [each.name for each in specs[graph].inputs]
         graphs[graph] = []

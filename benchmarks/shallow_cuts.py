@@ -150,8 +150,8 @@ def _errors(cut: _Cut, prompts: int) -> dict[int, float]:
             for gap in (g for g in _GAPS if g <= visit.step):
                 reused = loop.guided(
                     [
-                        cut.shallow(*cut.inputs(visit.seen, visit.timestep, *context, *tensors))
-                        for context, tensors in zip(prompt, anchors[-1 - gap], strict=True)
+                        cut.shallow(*cut.inputs(visit.seen, visit.timestep, context, *tensors))
+                        for (context,), tensors in zip(prompt, anchors[-1 - gap], strict=True)
                     ]
                 )
                 added.taken()

@@ -103,7 +103,7 @@ def _quantise_static(exported: Path, path: Path, task: Task) -> None:
 
     from benchmarks.rivals.torch_unet import calibration_inputs
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self._samples = iter(calibration_inputs(task))
 
