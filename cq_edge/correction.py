@@ -158,6 +158,26 @@ class MomentAccumulator:
         self._count += rows
         self._mean_x, self._mean_y, self._var_x, self._cov = mean_x, mean_y, var_x, cov
 
+    def product(self) -> float:
+        """Returns the sum of x·y over rows and channels."""
+        return float((self._cov + self._count * self._mean_x * self._mean_y).sum())
+
+    def going_on(self, before: Self, between: Self, weight: float) -> "MomentAccumulator":
+        """Returns the moments of x + weight·(x - w) with y, of a value w before x.
+
+        Args:
+            before: Of the same rows, what holds (w, y).
+            between: What holds (w, x).
+            weight: How much of the change from w to x goes on.
+        """
+        found, kept = MomentAccumulator(), 1 + weight
+        found._count, found._mean_y = self._count, self._mean_y
+        found._mean_x = kept * self._mean_x - weight * before._mean_x
+        found._cov = kept * self._cov - weight * before._cov
+        variance = kept**2 * self._var_x + weight**2 * before._var_x
+        found._var_x = np.maximum(variance - 2 * kept * weight * between._cov, 0)
+        return found
+
     def fit(self) -> ChannelCorrection:
         """Returns the correction of least squared error over everything added.
 

@@ -1,51 +1,64 @@
-"""Forecasts of what the denoiser would say at a step that does not run it.
+"""Forecasts of what a graph would give at a step that does not run it.
 
-With latents scaled to unit signal, the noise prediction is their derivative by sigma, which is
-smooth until the last steps, and a straight line through the last two computed values follows it.
-But the noise of a quantised denoiser is new in every run, and a line multiplies it. So calibration
-fits how far to follow the line, between not at all (the last value again) and all the way
-(docs/forecasts.md, `python -m benchmarks.forecasts`).
+Cached features and noise predictions go on changing as they changed last: what is forecast is the
+last computed value, and a share of what it differs by from the one before. How large a share
+depends on which three steps these are; calibration fits it (docs/forecasts.md,
+`python -m benchmarks.forecasts`), and so says how much of a change is noise of quantised layers,
+which does not go on.
 """
 
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 Array: TypeAlias = Any
 """NumPy array or torch tensor of floats, any shape."""
+Weights: TypeAlias = NDArray[np.float32]
+"""(T, B+1, G+1): entry [i, b, g] is the share of the change from step i - b to step i that step
+i + g goes on with; 0 where there are no such steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The straight line over sigma through the last two computed values.
+    """What goes on from the last two computed values.
 
     Attributes:
-        points: (sigma, value) of them, the newest first; at most two, of different sigmas.
+        points: (step, value) of them, the newest first; at most two.
     """
 
-    points: tuple[tuple[float, Array], ...] = ()
+    points: tuple[tuple[int, Array], ...] = ()
 
-    def after(self, sigma: float, value: Array) -> Self:
-        """Returns the line once a value has been computed at `sigma`.
+    def after(self, step: int, value: Array) -> Self:
+        """Returns the forecast once a later step has computed a value."""
+        return type(self)(((step, value), *self.points[:1]))
 
-        A sigma that comes twice, as PNDM's second does, counts with its later value.
-        """
-        older = [point for point in self.points if point[0] != sigma]
-        return type(self)(((sigma, value), *older[:1]))
-
-    def at(self, sigma: float, slope: float = 1.0) -> Array:
-        """Returns the value to expect at `sigma`: the only one there is, if there is only one.
+    def at(self, step: int, weights: Weights | None = None) -> Array:
+        """Returns the value to expect at a step.
 
         Args:
-            sigma: Where.
-            slope: The share of the line's slope to follow; 0 takes the last value again.
+            step: Which.
+            weights: How far to go on; without them, and where they do not reach, the last value
+                is taken again.
 
         Raises:
             ValueError: Nothing has been computed yet.
         """
         if not self.points:
             raise ValueError("a forecast needs at least one computed value")
-        (newest, value), *older = self.points
-        if not older:
+        (last, value), *older = self.points
+        if weights is None or not older:
             return value
-        other, earlier = older[0]
-        return value + (slope * (sigma - newest) / (newest - other)) * (value - earlier)
+        before, earlier = older[0]
+        back, gap = last - before, step - last
+        if back >= weights.shape[1] or gap >= weights.shape[2]:
+            return value
+        return value + float(weights[last, back, gap]) * (value - earlier)
+
+
+def expected_back(step: int, gap: int) -> int:
+    """Returns how many steps before `step` the value before it is taken to have been computed,
+    where what is measured of a forecast `gap` steps on does not depend on that: computed steps
+    lie evenly, and the next one follows the forecast."""
+    return min(gap + 1, step)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cq_edge.correction import ChannelCorrection, ShallowCorrection
 from cq_edge.errors import BundleError, CalibrationError, OutputExistsError, UsageError
+from cq_edge.forecast import Weights
 from cq_edge.frontier import ReuseErrors
 from cq_edge.quantisation_noise import noise_by_mode
 
@@ -24,7 +25,7 @@ OBJECTIVES = ("noise_pred", "feature_l1")
 _ERRORS = (*OBJECTIVES, "skip", "unguided")
 _INFLUENCES = ("noise_influence", "reuse_influence")
 _CORRECTIONS = ("gain", "bias", "output_gain", "output_bias")
-_SLOPES = ("skip_slope", "unguided_slope")
+_WEIGHTS = ("feature_weight", "skip_weight", "unguided_weight")
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
@@ -56,9 +57,10 @@ class ReuseTable:
             that was computed.
         unguided: (T, U+1) float64: likewise where what the negative prompt changes is forecast
             from step i, the last that computed it.
-        skip_slope: (T, R+1) float32 in 0 to 1: the share of the line's slope that this forecast
-            follows.
-        unguided_slope: (T, U+1) float32 likewise.
+        feature_weight: (T, G+2, G+1) float32: how far the cached feature is taken to go on as it
+            last changed, `cq_edge.forecast.Weights`; 0 takes the anchor's as it is.
+        skip_weight: (T, R+2, R+1) float32: likewise the noise prediction of skip steps.
+        unguided_weight: (T, U+2, U+1) float32: and what the negative prompt changes.
         gain: (T, G+1, C) float32 over the C channels of the cached feature.
         bias: (T, G+1, C) float32.
         output_gain: (T, G+1, 2·C') float32 over the channels of the layers that consume it.
@@ -76,8 +78,9 @@ class ReuseTable:
     feature_l1: NDArray[np.float64]
     skip: NDArray[np.float64]
     unguided: NDArray[np.float64]
-    skip_slope: NDArray[np.float32]
-    unguided_slope: NDArray[np.float32]
+    feature_weight: Weights
+    skip_weight: Weights
+    unguided_weight: Weights
     gain: NDArray[np.float32]
     bias: NDArray[np.float32]
     output_gain: NDArray[np.float32]
@@ -169,12 +172,17 @@ class ReuseTable:
         """Returns the table with corrections that change nothing: gain 1, bias 0.
 
         Args:
-            cache: Whether it loses the cache corrections.
+            cache: Whether it loses the cache corrections, and takes features as they were.
             quantisation: Whether it loses the quantisation corrections.
         """
         table = self
         if cache:
-            table = replace(table, gain=np.ones_like(self.gain), bias=np.zeros_like(self.bias))
+            table = replace(
+                table,
+                gain=np.ones_like(self.gain),
+                bias=np.zeros_like(self.bias),
+                feature_weight=np.zeros_like(self.feature_weight),
+            )
         if quantisation:
             gain, bias = np.ones_like(self.output_gain), np.zeros_like(self.output_bias)
             table = replace(table, output_gain=gain, output_bias=bias)
@@ -223,8 +231,9 @@ class ReuseTable:
                 feature_l1=content["feature_l1"],
                 skip=content["skip"],
                 unguided=content["unguided"],
-                skip_slope=content["skip_slope"],
-                unguided_slope=content["unguided_slope"],
+                feature_weight=content["feature_weight"],
+                skip_weight=content["skip_weight"],
+                unguided_weight=content["unguided_weight"],
                 gain=content["gain"],
                 bias=content["bias"],
                 output_gain=content["output_gain"],
@@ -251,9 +260,9 @@ class ReuseTable:
         return np.minimum(step, len(squares) - 1)
 
     def _check_shapes(self) -> None:
-        two = dict.fromkeys((*_ERRORS, *_SLOPES), 2)
+        two = dict.fromkeys(_ERRORS, 2)
         one = dict.fromkeys(("timesteps", *_INFLUENCES), 1)
-        dims = {**one, **two, **dict.fromkeys(_CORRECTIONS, 3)}
+        dims = {**one, **two, **dict.fromkeys((*_WEIGHTS, *_CORRECTIONS), 3)}
         for name, ndim in dims.items():
             array = getattr(self, name)
             dtype = "float64" if name in (*_INFLUENCES, *_ERRORS) else "float32"
@@ -266,14 +275,15 @@ class ReuseTable:
         step_count, columns = self.noise_pred.shape
         pairs = (step_count, columns)
         whole = 2 * [(*pairs, self.channels)] + 2 * [(*pairs, self.consumed_channels)]
-        forecasts = 2 * [(step_count, shapes[name][1]) for name in ("skip", "unguided")]
+        forecasts = [(step_count, shapes[name][1]) for name in ("skip", "unguided")]
+        reach = [(step_count, gaps + 1, gaps) for gaps in (columns, *(c for _, c in forecasts))]
         row = (step_count,)
-        if list(shapes.values()) != [row, row, row, pairs, pairs, *forecasts, *whole]:
+        if list(shapes.values()) != [row, row, row, pairs, pairs, *forecasts, *reach, *whole]:
             found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise CalibrationError(
                 f"{found} of a reuse table do not belong together: they must be (T,) "
-                "three times, (T, G+1) twice, (T, R+1), (T, U+1), both again, (T, G+1, C) twice, "
-                "and (T, G+1, 2C') twice"
+                "three times, (T, G+1) twice, (T, R+1), (T, U+1), (T, G+2, G+1), (T, R+2, R+1), "
+                "(T, U+2, U+1), (T, G+1, C) twice, and (T, G+1, 2C') twice"
             )
 
     def _check_entries(self) -> None:
@@ -299,10 +309,9 @@ class ReuseTable:
             if name == "feature_l1":
                 fine = (errors == 0) | (gap > 0)
                 _require(fine, f"the reuse error ({name})", "a step's own must be 0")
-        for name in _SLOPES:
-            slope = getattr(self, name)
-            if not ((slope >= 0) & (slope <= 1)).all():
-                raise CalibrationError(f"{name} of a reuse table must lie between 0 and 1")
+        for name in _WEIGHTS:
+            if not np.isfinite(getattr(self, name)).all():
+                raise CalibrationError(f"{name} of a reuse table must hold numbers alone")
         anchor, gap = np.indices(self.noise_pred.shape)
         used = anchor + gap < len(self.timesteps)
         for name in _CORRECTIONS:

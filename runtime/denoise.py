@@ -1,7 +1,7 @@
 """The denoising loop: a generator over steps; the caller owns progress, memory, cancelling."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.correction import ShallowCorrection
 from cq_edge.errors import ScheduleError
-from cq_edge.forecast import Forecast
+from cq_edge.forecast import Forecast, Weights
 from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.reuse_table import ReuseTable
 from runtime.engine import Engine
@@ -86,7 +86,7 @@ def denoise(
     """Checks that its arguments fit each other, then runs one step each time it is asked.
 
     A full step runs `denoise` and keeps its cached feature; a shallow step runs
-    `denoise_shallow` on the last full step's feature, corrected; a skip step runs no graph and
+    `denoise_shallow` on the forecast of that feature, corrected; a skip step runs no graph and
     takes the forecast of the guided noise prediction; an unguided step runs its graph for the
     prompt alone and takes the forecast of what the negative prompt changes.
 
@@ -112,7 +112,7 @@ def denoise(
     if any(noise_scheduler.fresh_noise) and noise is None:
         raise ScheduleError(f"{noise_scheduler.name} adds noise after its steps: give it some")
     corrections = _corrections(cache_schedule, reuse_table)
-    denoiser = _Denoiser(engine, noise_scheduler, guidance, reuse_table)
+    denoiser = _Denoiser(engine, guidance, reuse_table)
     fresh = iter(()) if noise is None else noise
     return _steps(denoiser, noise_scheduler, cache_schedule, latents, corrections, fresh)
 
@@ -144,27 +144,32 @@ def _steps(
 class _Denoiser:
     """Guided noise predictions, computed or forecast from those computed before.
 
-    Keeps the cached features of the last full step, one per branch it ran, the prompt's last.
+    Keeps the cached features of the last two full steps of each branch, the prompt's last.
     """
 
     def __init__(
         self,
         engine: Engine,
-        noise_scheduler: NoiseScheduler,
         guidance: Guidance,
         reuse_table: ReuseTable | None,
     ) -> None:
         self._engine = engine
         self._guidance = guidance
-        self._features: list[FloatArray] = []
-        table, sigmas = reuse_table, noise_scheduler.sigmas
-        self._predictions = _Forecasts(sigmas, None if table is None else table.skip_slope)
-        # of what the prompt's prediction differs by from the negative's
-        self._differences = _Forecasts(sigmas, None if table is None else table.unguided_slope)
+        self._weights: dict[str, Weights] = {}
+        if reuse_table is not None:
+            self._weights = {
+                "feature": reuse_table.feature_weight,
+                "skip": reuse_table.skip_weight,
+                "unguided": reuse_table.unguided_weight,
+            }
+        self._features = [Forecast() for _ in guidance.branches]
+        self._predictions = Forecast()
+        self._differences = Forecast()  # of the prompt's prediction from the negative's
 
     def forecast(self, step: int) -> FloatArray:
         """Returns what the guided noise prediction should be at a step that runs no graph."""
-        return self._predictions.at(step)
+        noise_pred: FloatArray = self._predictions.at(step, self._weights.get("skip"))
+        return noise_pred
 
     def run(
         self,
@@ -183,25 +188,26 @@ class _Denoiser:
         """
         branches = self._guidance.branches[-1:] if mode.is_unguided else self._guidance.branches
         if correction is None:
-            predictions = self._full(inputs, branches)
+            predictions = self._full(step, inputs, branches)
         else:
-            predictions = self._shallow(inputs, branches, correction)
+            predictions = self._shallow(step, inputs, branches, correction)
         noise_pred = self._guided(predictions, step)
-        self._predictions.take(step, noise_pred)
+        self._predictions = self._predictions.after(step, noise_pred)
         return noise_pred
 
     def _full(
-        self, inputs: dict[str, FloatArray], branches: tuple[Context, ...]
+        self, step: int, inputs: dict[str, FloatArray], branches: tuple[Context, ...]
     ) -> list[FloatArray]:
-        predictions, self._features = [], []
-        for context in branches:
+        predictions = []
+        for branch, context in enumerate(branches, start=-len(branches)):
             outputs = self._engine.run("denoise", {**inputs, **context})
             predictions.append(outputs["noise_pred"])
-            self._features.append(outputs["cached_feature"])
+            self._features[branch] = self._features[branch].after(step, outputs["cached_feature"])
         return predictions
 
     def _shallow(
         self,
+        step: int,
         inputs: dict[str, FloatArray],
         branches: tuple[Context, ...],
         correction: ShallowCorrection,
@@ -210,7 +216,8 @@ class _Denoiser:
         shared = {**inputs, **correction.inputs()}
         features = self._features[-len(branches) :]
         for context, feature in zip(branches, features, strict=True):
-            given = {**shared, **context, "cached_feature": feature}
+            expected = feature.at(step, self._weights.get("feature"))
+            given = {**shared, **context, "cached_feature": expected}
             predictions.append(self._engine.run("denoise_shallow", given)["noise_pred"])
         return predictions
 
@@ -221,37 +228,12 @@ class _Denoiser:
         if scale == 1:
             return predictions[-1]
         if len(predictions) == 1:
-            return predictions[0] + (scale - 1) * self._differences.at(step)
+            added: FloatArray = self._differences.at(step, self._weights.get("unguided"))
+            return predictions[0] + (scale - 1) * added
         negative, prompt = predictions
         difference = prompt - negative
-        self._differences.take(step, difference)
+        self._differences = self._differences.after(step, difference)
         return negative + scale * difference
-
-
-class _Forecasts:
-    """Forecasts of a value from the steps that computed it.
-
-    `slopes` [i, g] is the share of the line's slope that step i + g follows, if step i was the
-    last to compute the value; without them, and from further back, the value is taken again.
-    """
-
-    def __init__(self, sigmas: Sequence[float], slopes: FloatArray | None) -> None:
-        self._sigmas = sigmas
-        self._slopes = slopes
-        self._line = Forecast()
-        self._last = 0
-
-    def take(self, step: int, value: FloatArray) -> None:
-        """Takes in what a step computed."""
-        self._line, self._last = self._line.after(self._sigmas[step], value), step
-
-    def at(self, step: int) -> FloatArray:
-        """Returns what to expect at a step."""
-        slope, gap = 0.0, step - self._last
-        if self._slopes is not None and gap < self._slopes.shape[1]:
-            slope = float(self._slopes[self._last, gap])
-        forecast: FloatArray = self._line.at(self._sigmas[step], slope).astype(np.float32)
-        return forecast
 
 
 def _check_fit(

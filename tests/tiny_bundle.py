@@ -121,13 +121,20 @@ def reuse_table(noise_scheduler: str = "ddim", steps: int = STEPS) -> ReuseTable
         feature_l1=feature_l1,
         skip=skip,
         unguided=unguided,
-        skip_slope=np.full(skip.shape, 0.75, np.float32),
-        unguided_slope=np.full(unguided.shape, 0.5, np.float32),
+        feature_weight=_weights(noise_pred, 0.6),
+        skip_weight=_weights(skip, 0.75),
+        unguided_weight=_weights(unguided, 0.5),
         gain=gain,
         bias=bias,
         output_gain=output_gain,
         output_bias=output_bias,
     )
+
+
+def _weights(errors: NDArray[np.float64], weight: float) -> NDArray[np.float32]:
+    """A forecast's weights: one everywhere."""
+    steps, columns = errors.shape
+    return np.full((steps, columns + 1, columns), weight, np.float32)
 
 
 def graph_entries() -> dict[str, GraphEntry]:

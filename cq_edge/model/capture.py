@@ -2,7 +2,8 @@
 
 Every prompt is run three times, with the full graph at every step. The first run compares the
 cached features of every anchor step i and later step k = i + gap: their L1 distance (the paper's
-objective) and the cache correction, which maps one onto the other best. The second run fits the
+objective), how far the feature goes on as it changed before, and the cache correction, which maps
+what is so forecast onto step k's best. The second run fits the
 quantisation correction of the layers that consume the corrected feature. The third predicts
 each step k with the shallow graph from every feature i, and measures how far the guided noise
 prediction is from the float denoiser's; a half of the correction that hardly helps is dropped.
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from cq_edge.correction import MomentAccumulator
 from cq_edge.errors import CalibrationError
-from cq_edge.forecast import Forecast
+from cq_edge.forecast import Weights, expected_back
 from cq_edge.influence import noise_influence, reuse_influence
+from cq_edge.model.forecast_fit import ForecastRun, InnerProducts
 from cq_edge.model.reuse_trial import (
     Consumers,
     Corrections,
@@ -29,7 +31,7 @@ from cq_edge.model.reuse_trial import (
     fit_quantisation,
     reuse_squares,
 )
-from cq_edge.model.trajectory import FullGraph, Loop, Prompt, Visit, mean_square
+from cq_edge.model.trajectory import FullGraph, Loop, Prompt, Visit
 from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.reuse_table import ReuseTable
 
@@ -111,10 +113,10 @@ def capture(
     total = len(noise_scheduler.timesteps)
     loop = Loop(full, noise_scheduler, latents_shape, guidance_scale, seed)
     features = _FeatureRun(total, min(max_gap, total - 1), sampled_steps, loop.guided)
-    predictions = _ForecastRun(noise_scheduler.sigmas, min(MAX_SKIP, total - 1))
+    predictions = ForecastRun(total, min(MAX_SKIP, total - 1))
     # without guidance there is no negative prompt to leave out
     unguided = 0 if guidance_scale == 1 else min(MAX_UNGUIDED, total - 1)
-    differences = _ForecastRun(noise_scheduler.sigmas, unguided)
+    differences = ForecastRun(total, unguided)
     truths: dict[tuple[int, int], Tensor] = {}
     for number, prompt in enumerate(prompts):
         for visit in loop.run(number, prompt):
@@ -122,16 +124,19 @@ def capture(
             truth = loop.guided([exact(visit.seen, visit.timestep, *c)[0] for c in contexts])
             truths[number, visit.step] = truth
             features.take(visit, prompt)
-            predictions.take(visit.step, visit.noise_pred, truth)
+            predictions.take(visit.step, visit.noise_pred.numpy(), truth.numpy())
             # an unguided step runs the prompt's branch, to which this is added
             added = (guidance_scale - 1) * visit.difference
-            differences.take(visit.step, added, truth - (visit.noise_pred - added))
+            right = truth - (visit.noise_pred - added)
+            differences.take(visit.step, added.numpy(), right.numpy())
             on_step()
-    cache = features.corrections()
-    quantisation = fit_quantisation(loop, consumers, prompts, cache, on_step)
+    weights = features.weights()
+    cache = features.corrections(weights)
+    quantisation = fit_quantisation(loop, consumers, prompts, weights, cache, on_step)
     error, cache, quantisation = _worth_having(
-        loop, shallow, prompts, truths, cache, quantisation, on_step
+        loop, shallow, prompts, truths, weights, cache, quantisation, on_step
     )
+    skip, negative = predictions.weights(), differences.weights()
     table = ReuseTable(
         noise_scheduler=noise_scheduler.name,
         steps=noise_scheduler.steps,
@@ -142,10 +147,11 @@ def capture(
         reuse_influence=reuse_influence(noise_scheduler),
         noise_pred=_means(error, len(prompts)),
         feature_l1=features.l1(),
-        skip=_means(predictions.squares(), len(prompts)),
-        unguided=_means(differences.squares(), len(prompts)),
-        skip_slope=predictions.slopes().astype(np.float32),
-        unguided_slope=differences.slopes().astype(np.float32),
+        skip=_means(predictions.products.left(skip), len(prompts)),
+        unguided=_means(differences.products.left(negative), len(prompts)),
+        feature_weight=weights,
+        skip_weight=skip,
+        unguided_weight=negative,
         gain=cache.gain,
         bias=cache.bias,
         output_gain=quantisation.gain,
@@ -159,6 +165,7 @@ def _worth_having(
     shallow: ShallowGraph,
     prompts: Sequence[Prompt],
     truths: Mapping[tuple[int, int], Tensor],
+    weights: Weights,
     cache: Corrections,
     quantisation: Corrections,
     on_step: Callable[[], object],
@@ -168,7 +175,7 @@ def _worth_having(
     everywhere = np.ones(cache.gain.shape[:2], bool)
     no_cache, nothing = (half.identity_where(everywhere) for half in (cache, quantisation))
     tried = ((no_cache, nothing), (cache, nothing), (cache, quantisation))
-    plain, repaired, both = reuse_squares(loop, shallow, prompts, truths, tried, on_step)
+    plain, repaired, both = reuse_squares(loop, shallow, prompts, truths, weights, tried, on_step)
     bare = _hardly_less(repaired, plain)
     error = np.where(bare, plain, repaired)
     halfway = _hardly_less(both, error)
@@ -206,11 +213,13 @@ class _FeatureRun:
         self.finals: list[NDArray[np.float32]] = []
         self._total = total
         self._guided = guided
+        # [k][d] is of steps k - d and k
         self._pairs = [
-            [_PairSum() for _ in range(min(max_gap, total - 1 - i))] for i in range(total)
+            [_PairSum() for _ in range(min(k, 2 * max_gap + 1) + 1)] for k in range(total)
         ]
         self._kept = set(np.linspace(0, total - 1, sampled_steps).round().astype(int).tolist())
-        # of the last max_gap + 1 steps: each branch's feature, and with guidance the guided one
+        # of this step and those before, the newest first: each branch's feature, and with guidance
+        # the guided one
         self._recent: list[NDArray[np.float32]] = []
 
     def take(self, visit: Visit, prompt: Prompt) -> None:
@@ -225,27 +234,48 @@ class _FeatureRun:
         if len(features) > 1:
             features.append(self._guided(features))
         feature = torch.cat(features).numpy()
-        self._recent = [*self._recent, feature][-1 - self.max_gap :]
-        for gap, anchor in enumerate(reversed(self._recent[:-1]), start=1):
-            self._pairs[visit.step - gap][gap - 1].add(anchor, feature)
+        self._recent = [feature, *self._recent][: 2 * self.max_gap + 2]
+        for pair, earlier in zip(self._pairs[visit.step], self._recent, strict=True):
+            pair.add(earlier, feature)
         if visit.step in self._kept:
             self._sample(visit, prompt)
         if visit.step == self._total - 1:
             self.finals.append(visit.after.numpy())
 
-    def corrections(self) -> Corrections:
-        """Returns the cache corrections of C channels."""
-        moments = [[pair.moments for pair in row] for row in self._pairs]
+    def weights(self) -> Weights:
+        """Returns (T, G+2, G+1) how far features go on."""
+        products = np.zeros((self._total, 2 * self.max_gap + 2))
+        for step, row in enumerate(self._pairs):
+            products[step, : len(row)] = [pair.moments.product() for pair in row]
+        return InnerProducts(products, products, products[:, 0]).weights(self.max_gap)
+
+    def corrections(self, weights: Weights) -> Corrections:
+        """Returns the cache corrections of C channels, of features that are forecast."""
+        moments = [
+            [self._forecast(i, gap, weights) for gap in self._gaps(i)] for i in range(self._total)
+        ]
         return fit_pairs(moments, self.max_gap, self._recent[0].shape[1])
 
     def l1(self) -> NDArray[np.float64]:
         """Returns (T, G+1) mean absolute differences; NaN beyond the last step."""
         errors = np.full((self._total, self.max_gap + 1), np.nan)
         errors[:, 0] = 0
-        for anchor, row in enumerate(self._pairs):
-            for gap, pair in enumerate(row, start=1):
+        for anchor in range(self._total):
+            for gap in self._gaps(anchor):
+                pair = self._pairs[anchor + gap][gap]
                 errors[anchor, gap] = pair.l1 / pair.count
         return errors
+
+    def _gaps(self, anchor: int) -> range:
+        """Returns the gaps that there are after an anchor."""
+        return range(1, min(self.max_gap, self._total - 1 - anchor) + 1)
+
+    def _forecast(self, anchor: int, gap: int, weights: Weights) -> MomentAccumulator:
+        """Returns the moments of the forecast feature with that of the step."""
+        later, back = self._pairs[anchor + gap], expected_back(anchor, gap)
+        weight = float(weights[anchor, back, gap])
+        before, between = later[gap + back].moments, self._pairs[anchor][back].moments
+        return later[gap].moments.going_on(before, between, weight)
 
     def _sample(self, visit: Visit, prompt: Prompt) -> None:
         gap = min(visit.step, 1 + len(self.samples) % max(1, self.max_gap))
@@ -256,52 +286,9 @@ class _FeatureRun:
                 float(visit.timestep),
                 visit.seen.numpy(),
                 tuple(told.numpy() for told in prompt[1]),
-                self._recent[-1 - gap][:2][-1:],
+                self._recent[gap][:2][-1:],
             )
         )
-
-
-class _ForecastRun:
-    """What forecasting a value costs, and how far it should follow the line.
-
-    Entry [i, g] is of step i + g, forecast as if step i were the last that was computed, and the
-    step before it too; entry [i, 0] is of what was computed.
-    """
-
-    def __init__(self, sigmas: Sequence[float], furthest: int) -> None:
-        # sums over the prompts: of the square of what changed since the last value, of its product
-        # with the change that the line expects, and of that one's square
-        self._change, self._product, self._expected = np.zeros((3, len(sigmas), furthest + 1))
-        self._sigmas = sigmas
-        self._furthest = furthest
-        self._lines: list[Forecast] = []  # as they were after each of the last steps, newest first
-
-    def take(self, step: int, value: Tensor, truth: Tensor) -> None:
-        """Takes in the next step of a prompt's run: what was computed, and what is right."""
-        if step == 0:
-            self._lines = []
-        sigma = self._sigmas[step]
-        self._change[step, 0] += mean_square(truth - value)
-        for gap, line in enumerate(self._lines, start=1):
-            last = line.at(sigma, slope=0)
-            change, expected = truth - last, line.at(sigma) - last
-            self._change[step - gap, gap] += mean_square(change)
-            self._product[step - gap, gap] += float((change * expected).mean())
-            self._expected[step - gap, gap] += mean_square(expected)
-        newest = self._lines[0] if self._lines else Forecast()
-        self._lines = [newest.after(sigma, value), *self._lines][: self._furthest]
-
-    def slopes(self) -> NDArray[np.float64]:
-        """Returns (T, R+1): the share of the line's slope that leaves the least error, 0 to 1."""
-        moved = self._expected > 0
-        best = np.divide(self._product, self._expected, out=np.zeros(moved.shape), where=moved)
-        return np.clip(best, 0, 1)
-
-    def squares(self) -> NDArray[np.float64]:
-        """Returns (T, R+1): the mean squared errors that it leaves, summed over the prompts."""
-        slopes = self.slopes()
-        left = self._change - 2 * slopes * self._product + slopes**2 * self._expected
-        return np.maximum(left, 0)
 
 
 class _PairSum:

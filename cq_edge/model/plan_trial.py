@@ -110,27 +110,26 @@ class _Planned:
     schedule: CacheSchedule
     branches: int
     _calls: int = 0
-    _features: dict[int, Tensor] = field(default_factory=dict)
-    _lines: dict[int, tuple[int, Forecast]] = field(default_factory=dict)
+    _features: dict[int, Forecast] = field(default_factory=dict)
+    _predictions: dict[int, Forecast] = field(default_factory=dict)
 
     def __call__(
         self, latents: Tensor, timestep: Tensor, *context: Tensor
     ) -> tuple[Tensor, Tensor]:
         visit, branch = divmod(self._calls, self.branches)
         step, self._calls = visit % len(self.schedule), self._calls + 1
-        sigma = self.loop.noise_scheduler.sigmas[step]
-        last, line = self._lines[branch] if step else (0, Forecast())
-        mode = self.schedule.modes[step]
-        if mode is Mode.SKIP:
-            slope = float(self.table.skip_slope[last, step - last])
-            return line.at(sigma, slope), self._features[branch]
+        if step == 0:
+            self._features[branch] = self._predictions[branch] = Forecast()
+        mode, features = self.schedule.modes[step], self._features[branch]
         if mode is Mode.FULL:
             noise_pred, feature = self.loop.full(latents, timestep, *context)
-            self._features[branch] = feature
+            self._features[branch] = features.after(step, feature)
         else:
+            feature = features.at(step, self.table.feature_weight)
+            if mode is Mode.SKIP:
+                return self._predictions[branch].at(step, self.table.skip_weight), feature
             correction = self.table.correction(self.schedule.anchors[step], step)
             given = map(torch.from_numpy, correction.inputs().values())
-            feature = self._features[branch]
             noise_pred = self.shallow(latents, timestep, *context, feature, *given)
-        self._lines[branch] = step, line.after(sigma, noise_pred)
-        return noise_pred, self._features[branch]
+        self._predictions[branch] = self._predictions[branch].after(step, noise_pred)
+        return noise_pred, feature

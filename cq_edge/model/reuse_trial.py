@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cq_edge.correction import MomentAccumulator
+from cq_edge.forecast import Weights, expected_back
 from cq_edge.model.trajectory import Loop, Prompt, Visit, mean_square
 
 ShallowGraph = Callable[..., Tensor]
@@ -77,11 +78,12 @@ def fit_quantisation(
     loop: Loop,
     consumers: Consumers,
     prompts: Sequence[Prompt],
+    weights: Weights,
     cache: Corrections,
     on_step: Callable[[], object],
 ) -> Corrections:
-    """Returns what maps the shipped layers' outputs on a corrected feature onto those that the
-    float layers have on the step's own feature, by least squares, output channel by channel.
+    """Returns what maps the shipped layers' outputs on a feature, forecast and corrected, onto
+    those that the float layers have on the step's own, by least squares, output channel by channel.
 
     Source: CacheQuant's second half, fitted after the first. We differ in applying its bias whole
     (its code drops (gain - 1) · bias) and in fitting the guided combination too.
@@ -91,15 +93,16 @@ def fit_quantisation(
         [MomentAccumulator() for _ in range(min(columns - 1, total - 1 - i))] for i in range(total)
     ]
     channels = 0
-    for number, visit, anchors in _visits(loop, prompts, columns - 1, on_step):
+    for number, visit, earlier in _visits(loop, prompts, columns - 1, on_step):
         prompt = prompts[number]
         exact = _outputs(loop, consumers.exact, visit, prompt, visit.features)
         channels = exact[0].shape[1]
-        for gap, anchor in enumerate(anchors, start=1):
-            gain, bias = (x.reshape(1, -1, 1, 1) for x in cache.at(anchor.step, gap))
-            reused = [gain * feature + bias for feature in anchor.features]
+        for anchor, features in _forecasts(earlier, weights):
+            gap = visit.step - anchor
+            gain, bias = (x.reshape(1, -1, 1, 1) for x in cache.at(anchor, gap))
+            reused = [gain * feature + bias for feature in features]
             found = _outputs(loop, consumers.shipped, visit, prompt, reused)
-            pairs[anchor.step][gap - 1].add(_rows(found), _rows(exact))
+            pairs[anchor][gap - 1].add(_rows(found), _rows(exact))
     return fit_pairs(pairs, columns - 1, channels)
 
 
@@ -108,6 +111,7 @@ def reuse_squares(
     shallow: ShallowGraph,
     prompts: Sequence[Prompt],
     truths: Mapping[tuple[int, int], Tensor],
+    weights: Weights,
     halves: Sequence[tuple[Corrections, Corrections]],
     on_step: Callable[[], object],
 ) -> NDArray[np.float64]:
@@ -119,37 +123,50 @@ def reuse_squares(
         shallow: The shallow graph.
         prompts: The embeddings to run.
         truths: What the float graph predicts, guided, by number of the prompt and step.
+        weights: How far features are forecast to go on.
         halves: N choices of a cache correction and a quantisation correction to try.
         on_step: Called after each step of each prompt.
     """
     total, columns = halves[0][0].gain.shape[:2]
     squares = np.zeros((len(halves), total, columns))
-    for number, visit, anchors in _visits(loop, prompts, columns - 1, on_step):
+    for number, visit, earlier in _visits(loop, prompts, columns - 1, on_step):
         branches, truth = loop.branches(prompts[number]), truths[number, visit.step]
         squares[:, visit.step, 0] += mean_square(visit.noise_pred - truth)
-        for gap, anchor in enumerate(anchors, start=1):
+        for anchor, features in _forecasts(earlier, weights):
+            gap = visit.step - anchor
             for index, (cache, quantisation) in enumerate(halves):
-                correction = (*cache.at(anchor.step, gap), *quantisation.at(anchor.step, gap))
+                correction = (*cache.at(anchor, gap), *quantisation.at(anchor, gap))
                 reused = loop.guided(
                     [
                         shallow(visit.seen, visit.timestep, *context, feature, *correction)
-                        for context, feature in zip(branches, anchor.features, strict=True)
+                        for context, feature in zip(branches, features, strict=True)
                     ]
                 )
-                squares[index, anchor.step, gap] += mean_square(reused - truth)
+                squares[index, anchor, gap] += mean_square(reused - truth)
     return squares
 
 
 def _visits(
     loop: Loop, prompts: Sequence[Prompt], max_gap: int, on_step: Callable[[], object]
 ) -> Iterator[tuple[int, Visit, list[Visit]]]:
-    """Yields the prompt's number, every step of its run, and the steps before, the last first."""
+    """Yields the prompt's number, every step of its run, and the steps before that forecasts over
+    gaps up to the largest are made from, the last first."""
     for number, prompt in enumerate(prompts):
         earlier: list[Visit] = []
         for visit in loop.run(number, prompt):
             yield number, visit, earlier
-            earlier = [visit, *earlier][:max_gap]
+            earlier = [visit, *earlier][: 2 * max_gap + 1]
             on_step()
+
+
+def _forecasts(earlier: Sequence[Visit], weights: Weights) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yields each anchor, and what the branches' features are expected to be, from it and the step
+    that is taken to have been full before it, at the step after these."""
+    for gap, anchor in enumerate(earlier[: weights.shape[2] - 1], start=1):
+        back = expected_back(anchor.step, gap)
+        before, weight = earlier[gap - 1 + back], float(weights[anchor.step, back, gap])
+        pairs = zip(anchor.features, before.features, strict=True)
+        yield anchor.step, [feature + weight * (feature - other) for feature, other in pairs]
 
 
 def _outputs(

@@ -1,43 +1,48 @@
 import numpy as np
 import pytest
 
-from cq_edge.forecast import Forecast
+from cq_edge.forecast import Forecast, expected_back
+
+WEIGHTS = np.zeros((8, 3, 3), np.float32)
+WEIGHTS[3, 2, 1] = 0.5
+WEIGHTS[3, 2, 2] = 1.5
 
 
-def line(*points):
+def after(*points):
     forecast = Forecast()
-    for sigma, value in points:
-        forecast = forecast.after(sigma, np.array([value, 2 * value]))
+    for step, value in points:
+        forecast = forecast.after(step, np.array([value, 2 * value], np.float32))
     return forecast
 
 
-def test_what_is_straight_over_sigma_is_forecast_exactly():
-    forecast = line((9.0, 28.0), (5.0, 16.0))
-    np.testing.assert_allclose(forecast.at(3.0), [10.0, 20.0])
-    np.testing.assert_allclose(forecast.at(0.5), [2.5, 5.0])
+def test_the_last_change_goes_on_as_far_as_the_three_steps_weight_says():
+    forecast = after((1, 10.0), (3, 16.0))
+    np.testing.assert_allclose(forecast.at(4, WEIGHTS), [19.0, 38.0])
+    np.testing.assert_allclose(forecast.at(5, WEIGHTS), [25.0, 50.0])
+    assert forecast.at(4, WEIGHTS).dtype == np.float32
 
 
 def test_only_the_last_two_values_count():
     np.testing.assert_array_equal(
-        line((9, 100), (5, 16), (3, 10)).at(2), line((5, 16), (3, 10)).at(2)
+        after((0, 99), (1, 10), (3, 16)).at(4, WEIGHTS), after((1, 10), (3, 16)).at(4, WEIGHTS)
     )
 
 
-def test_the_slope_can_be_followed_in_part_or_not_at_all():
-    forecast = line((9.0, 28.0), (5.0, 16.0))
-    np.testing.assert_allclose(forecast.at(3.0, slope=0.5), [13.0, 26.0])
-    np.testing.assert_allclose(forecast.at(3.0, slope=0), [16.0, 32.0])
-
-
-def test_one_value_alone_is_taken_again():
-    np.testing.assert_array_equal(line((9.0, 28.0)).at(3.0), [28.0, 56.0])
-
-
-def test_of_two_values_at_one_sigma_the_later_counts():
-    twice = line((9.0, 28.0), (5.0, 99.0), (5.0, 16.0))
-    np.testing.assert_allclose(twice.at(3.0), [10.0, 20.0])
+def test_without_a_weight_for_its_steps_the_last_value_is_taken_again():
+    forecast = after((1, 10.0), (3, 16.0))
+    for found in (
+        forecast.at(4),
+        forecast.at(6, WEIGHTS),  # further on than weights reach
+        after((0, 10.0), (3, 16.0)).at(4, WEIGHTS),  # further back
+        after((3, 16.0)).at(4, WEIGHTS),
+    ):
+        np.testing.assert_array_equal(found, [16.0, 32.0])
 
 
 def test_nothing_cannot_be_forecast_from():
     with pytest.raises(ValueError, match="at least one"):
-        Forecast().at(1.0)
+        Forecast().at(1)
+
+
+def test_computed_steps_are_expected_to_lie_evenly():
+    assert [expected_back(step, 2) for step in range(5)] == [0, 1, 2, 3, 3]

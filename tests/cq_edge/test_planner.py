@@ -22,6 +22,11 @@ PROFILE = DeviceProfile(
 )
 
 
+def no_forecast(steps, columns):
+    """Weights that take the last value again."""
+    return np.zeros((steps, columns + 1, columns), np.float32)
+
+
 def random_table(seed, steps=8, max_gap=3, base_error=0.0, name="pndm"):
     """Of random errors: of shallow, skip and unguided steps."""
     errors = np.random.default_rng(seed).uniform(0.1, 1.0, (steps, max_gap + 1))
@@ -30,14 +35,15 @@ def random_table(seed, steps=8, max_gap=3, base_error=0.0, name="pndm"):
     timesteps = np.linspace(900, 1, steps, dtype=np.float32)
     return ReuseTable(
         name, steps, 5.0, base_error, timesteps, *2 * [np.ones(steps)], errors, 3 * errors,
-        2 * errors[:, :3], 0.7 * errors[:, :2], ones[:, :3, 0], ones[:, :2, 0], *4 * [ones],
+        2 * errors[:, :3], 0.7 * errors[:, :2],
+        *(no_forecast(steps, columns) for columns in (max_gap + 1, 3, 2)), *4 * [ones],
     )  # fmt: skip
 
 
 def without_forecasts(table):
     never = np.zeros((len(table.timesteps), 1))
-    slope = never.astype(np.float32)
-    return replace(table, skip=never, unguided=never, skip_slope=slope, unguided_slope=slope)
+    weight = no_forecast(len(never), 1)
+    return replace(table, skip=never, unguided=never, skip_weight=weight, unguided_weight=weight)
 
 
 @pytest.mark.parametrize("seed", range(5))

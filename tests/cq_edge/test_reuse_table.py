@@ -26,8 +26,8 @@ def table():
                     correction[anchor, gap] = np.nan
     timesteps = np.linspace(900, 1, T, dtype=np.float32)
     skip, unguided = 2 * noise_pred[:, :2], 3 * noise_pred
-    slopes = (np.full((T, 2), 0.5, np.float32), np.ones((T, G + 1), np.float32))
-    errors = (noise_pred, feature_l1, skip, unguided, *slopes)
+    weights = [rng.uniform(0, 1, (T, n + 1, n)).astype(np.float32) for n in (G + 1, 2, G + 1)]
+    errors = (noise_pred, feature_l1, skip, unguided, *weights)
     influences = np.linspace(-1, 2, T), np.linspace(1, 2, T)
     corrections = (gain, bias, output_gain, output_bias)
     return ReuseTable("pndm", 4, 7.5, 0.25, timesteps, *influences, *errors, *corrections)
@@ -54,6 +54,9 @@ def test_a_table_survives_its_file_bit_for_bit(tmp_path):
         "feature_l1",
         "skip",
         "unguided",
+        "feature_weight",
+        "skip_weight",
+        "unguided_weight",
         "gain",
         "bias",
         "output_gain",
@@ -156,15 +159,16 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
         (
             {"bias": np.ones((T, G + 1, C + 1), np.float32)},
             "timesteps (5,), noise_influence (5,), reuse_influence (5,), noise_pred (5, 3), "
-            "feature_l1 (5, 3), skip (5, 2), unguided (5, 3), skip_slope (5, 2), "
-            "unguided_slope (5, 3), gain (5, 3, 3), bias (5, 3, 4), output_gain (5, 3, 6), "
-            "output_bias (5, 3, 6) of a reuse table do not belong together: they must be (T,) "
-            "three times, (T, G+1) twice, (T, R+1), (T, U+1), both again, (T, G+1, C) twice, "
-            "and (T, G+1, 2C') twice",
+            "feature_l1 (5, 3), skip (5, 2), unguided (5, 3), feature_weight (5, 4, 3), "
+            "skip_weight (5, 3, 2), unguided_weight (5, 4, 3), gain (5, 3, 3), bias (5, 3, 4), "
+            "output_gain (5, 3, 6), output_bias (5, 3, 6) of a reuse table do not belong "
+            "together: they must be (T,) three times, (T, G+1) twice, (T, R+1), (T, U+1), "
+            "(T, G+2, G+1), (T, R+2, R+1), (T, U+2, U+1), (T, G+1, C) twice, and "
+            "(T, G+1, 2C') twice",
         ),
         (
-            changed("skip_slope", (1, 1), 1.5),
-            "skip_slope of a reuse table must lie between 0 and 1",
+            changed("skip_weight", (1, 1, 1), np.inf),
+            "skip_weight of a reuse table must hold numbers alone",
         ),
         (
             changed("skip", (1, 1), -1.0),
@@ -301,7 +305,9 @@ def test_a_half_of_the_corrections_can_be_left_out(cache, quantisation):
             expected = np.full(1, neutral) if is_out else getattr(table(), name)
             found = getattr(bare, name)
             np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
-    np.testing.assert_array_equal(bare.noise_pred, table().noise_pred)
+    assert (bare.feature_weight == 0).all() == cache
+    for name in ("noise_pred", "skip_weight", "unguided_weight"):
+        np.testing.assert_array_equal(getattr(bare, name), getattr(table(), name))
 
 
 def test_only_our_objective_knows_what_forecasts_cost():

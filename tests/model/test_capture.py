@@ -4,7 +4,7 @@ import torch
 
 from cq_edge.correction import fit_correction
 from cq_edge.errors import CalibrationError
-from cq_edge.forecast import Forecast
+from cq_edge.forecast import Forecast, expected_back
 from cq_edge.influence import noise_influence, reuse_influence
 from cq_edge.model.capture import MAX_SKIP, MAX_UNGUIDED, RUNS, capture
 from cq_edge.model.reuse_trial import Consumers
@@ -66,6 +66,13 @@ def _by_step(recorder, prompt):
     return [np.concatenate(kept[i : i + 2]) for i in range(0, len(kept), 2)]
 
 
+def _forecast(table, features, anchor, gap):
+    """What a step's branches' features are taken to be, of what calibration saw before."""
+    back = expected_back(anchor, gap)
+    weight = table.feature_weight[anchor, back, gap]
+    return features[anchor] + weight * (features[anchor] - features[anchor - back])
+
+
 def _with_guided(branches, scale):
     """Both branches' features and the guided one, (3, 6, h, w)."""
     return np.concatenate([branches, branches[:1] + scale * (branches[1:] - branches[:1])])
@@ -94,7 +101,8 @@ def test_errors_and_corrections_are_those_of_the_features_seen():
             pairs = [(f[anchor], f[anchor + gap]) for f in by_prompt]
             expected = np.mean([np.abs(y - x).mean() for x, y in pairs])
             assert table.feature_l1[anchor, gap] == pytest.approx(expected, rel=1e-6)
-            x, y = (np.concatenate([_with_guided(p[i], 7.5) for p in pairs]) for i in (0, 1))
+            forecast = [(_forecast(table, f, anchor, gap), f[anchor + gap]) for f in by_prompt]
+            x, y = (np.concatenate([_with_guided(p[i], 7.5) for p in forecast]) for i in (0, 1))
             x, y = (np.moveaxis(a, 1, -1).reshape(-1, 6) for a in (x, y))
             fitted = fit_correction(x, y)
             measured = table.correction(anchor, anchor + gap).cache
@@ -129,7 +137,8 @@ def test_noise_prediction_errors_are_what_the_corrected_features_leave():
             for n in range(3):
                 features = _by_step(recorder, n)
                 # the shallow graph adds the feature: its error is the feature's, guided
-                left = correction.apply(features[anchor]) - features[anchor + gap]
+                reused = _forecast(table, features, anchor, gap)
+                left = correction.apply(reused) - features[anchor + gap]
                 guided = (left[0] + scale * (left[1] - left[0]))[:4]
                 squares.append(np.square(guided).mean())
             assert table.noise_pred[anchor, gap] == pytest.approx(np.mean(squares), rel=1e-3)
@@ -174,7 +183,7 @@ def test_a_correction_that_makes_predictions_worse_is_dropped():
         correction = table.correction(anchor, anchor + gap).cache
         assert (correction.gain == 1).all()
         assert (correction.bias == 0).all()
-        left = (features[anchor] - features[anchor + gap])[:, :4]
+        left = (_forecast(table, features, anchor, gap) - features[anchor + gap])[:, :4]
         expected = np.square(2 * left[1] - left[0]).mean()
         assert table.noise_pred[anchor, gap] == pytest.approx(expected, rel=1e-3)
 
@@ -205,7 +214,8 @@ def test_layers_that_went_wrong_are_mended_after_the_feature_is():
         found = table.correction(anchor, anchor + gap)
         rows = []
         for features in by_prompt:
-            mended = [found.cache.apply(branch[None])[0] for branch in features[anchor]]
+            reused = _forecast(table, features, anchor, gap)
+            mended = [found.cache.apply(branch[None])[0] for branch in reused]
             outputs = [
                 x[:4] * wrong_gain[:, None, None] + wrong_bias[:, None, None] for x in mended
             ]
@@ -220,8 +230,8 @@ def test_layers_that_went_wrong_are_mended_after_the_feature_is():
             assert found.quantisation.bias[channel] == pytest.approx(bias, rel=1e-3, abs=1e-3)
 
 
-def test_forecasts_follow_the_line_as_far_as_leaves_the_least_error():
-    recorder, scale, sigmas = _Recorder(2, 2), 3.0, _scheduler().sigmas
+def test_forecasts_go_on_as_far_as_leaves_the_least_error():
+    recorder, scale = _Recorder(2, 2), 3.0
     prompts = _prompts(2)
     predictions = []
 
@@ -246,21 +256,19 @@ def test_forecasts_follow_the_line_as_far_as_leaves_the_least_error():
                     "unguided": [(scale - 1) * (c - u) for u, c in pairs],
                 }
                 for name, value in values.items():
-                    line = Forecast()
-                    for i in range(max(0, step - gap - 1), step - gap + 1):
-                        line = line.after(sigmas[i], value[i])
+                    line, last = Forecast(), step - gap
+                    for i in sorted({last - expected_back(last, gap), last}):
+                        line = line.after(i, value[i])
                     lines[name].append((line, value[step]))
             for name, kept in lines.items():
-                slope = float(getattr(table, f"{name}_slope")[step - gap, gap])
-                left = {
-                    share: np.mean(
-                        [np.square(x.at(sigmas[step], share) - y).mean() for x, y in kept]
-                    )
-                    for share in (slope, min(1, slope + 0.02), max(0, slope - 0.02))
-                }
+                weights = getattr(table, f"{name}_weight")
+                right, more, less = (
+                    np.mean([np.square(x.at(step, weights + added) - y).mean() for x, y in kept])
+                    for added in (0, 0.02, -0.02)
+                )
                 found = getattr(table, name)[step - gap, gap]
-                assert found == pytest.approx(left[slope], rel=1e-3)
-                assert found <= min(left.values()) * (1 + 1e-3)
+                assert found == pytest.approx(right, rel=1e-3)
+                assert found <= min(more, less) * (1 + 1e-3)
 
 
 def test_without_guidance_there_is_no_negative_prompt_to_leave_out():

@@ -49,33 +49,42 @@ def _shallow(latents, timestep, embeddings, feature, gain, bias, output_gain, ou
 
 
 def _table(steps, max_gap, skip):
-    """Of random errors; skips go half of the way along the line."""
+    """Of random errors; noise predictions go on by half, features by a quarter."""
     errors = np.random.default_rng(0).uniform(0.1, 1, (steps, max_gap + 1))
     errors[:, 0] = 0
     ones, zeros = (x((steps, max_gap + 1, 4), np.float32) for x in (np.ones, np.zeros))
     never = np.zeros((steps, 1))
-    half = np.full(skip.shape, 0.5, np.float32)
+    half = np.full((steps, skip.shape[1] + 1, skip.shape[1]), 0.5, np.float32)
+    quarter = np.full((steps, max_gap + 2, max_gap + 1), 0.25, np.float32)
+    none = np.zeros((steps, 2, 1), np.float32)
     return ReuseTable(
         "ddim", steps, 1.0, 0.125, np.linspace(900, 1, steps, dtype=np.float32),
-        *2 * [np.ones(steps)], errors, errors, skip, never, half, never.astype(np.float32),
+        *2 * [np.ones(steps)], errors, errors, skip, never, quarter, half, none,
         *2 * [ones, zeros],
     )  # fmt: skip
 
 
+def _gone_on(values, step, weight, reach):
+    """What a step's value is taken to be; weights are of changes over fewer steps than `reach`."""
+    (before, first), (newest, last) = [values[0], *values][-2:]
+    goes_on = newest - before < reach and step - newest < reach - 1
+    return last + weight * (last - first) if goes_on else last
+
+
 def _by_hand(loop, number, modes):
     """The final latents of a plan."""
-    scheduler, computed, feature = loop.noise_scheduler, [], None
+    scheduler, computed, features = loop.noise_scheduler, [], []
     visits = list(loop.run(number, _PROMPTS[number]))
     latents, history = visits[0].seen, ()
     for step, mode in enumerate(modes):
-        timestep, sigma = visits[step].timestep, scheduler.sigmas[step]
-        feature = latents if mode == "F" else feature
-        if mode == "K":
-            (before, first), (newest, last) = [(np.inf, computed[0][1]), *computed][-2:]
-            noise_pred = last + 0.5 * (sigma - newest) / (newest - before) * (last - first)
-        else:
-            noise_pred = _denoiser(feature, timestep, None)[0]
-            computed.append((sigma, noise_pred))
+        timestep = visits[step].timestep
+        if mode == "F":
+            features.append((step, latents))
+            computed.append((step, _denoiser(latents, timestep, None)[0]))
+        elif mode == "S":
+            feature = _gone_on(features, step, 0.25, reach=5)
+            computed.append((step, _denoiser(feature, timestep, None)[0]))
+        noise_pred = _gone_on(computed, step, 0.5, reach=4) if mode == "K" else computed[-1][1]
         latents, history = scheduler.advance(latents, noise_pred, step, history)
     return latents
 

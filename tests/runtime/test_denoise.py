@@ -128,11 +128,12 @@ def test_an_all_full_plan_equals_the_uncached_loop_bit_for_bit() -> None:
     assert last.latents.dtype == np.float32
 
 
-def test_each_branch_reuses_its_own_feature_and_both_share_the_correction() -> None:
+def test_each_branch_forecasts_its_own_feature_and_both_share_the_correction() -> None:
     table = reuse_table()
     scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
     latents = initial_latents(SHAPE, 3, 1.0)
-    engine, features, history = FakeEngine(), {}, ()
+    engine, history = FakeEngine(), ()
+    features = {1: Forecast(), 2: Forecast()}
     modes, anchor = "FSSFSFFSSS", 0
     for step, mode in enumerate(modes):
         predictions = []
@@ -144,10 +145,11 @@ def test_each_branch_reuses_its_own_feature_and_both_share_the_correction() -> N
             }
             if mode == "F":
                 outputs = engine.run("denoise", inputs)
-                anchor, features[which] = step, outputs["cached_feature"]
+                anchor = step
+                features[which] = features[which].after(step, outputs["cached_feature"])
             else:
                 gap = step - anchor
-                inputs["cached_feature"] = features[which]
+                inputs["cached_feature"] = features[which].at(step, table.feature_weight)
                 inputs |= table.correction(anchor, anchor + gap).inputs()
                 outputs = engine.run("denoise_shallow", inputs)
             predictions.append(outputs["noise_pred"])
@@ -182,7 +184,10 @@ def full_by_hand(
     return negative, prompt
 
 
-def test_a_skip_step_runs_nothing_and_follows_the_line_as_far_as_the_table_says() -> None:
+WEIGHTS = np.full((STEPS, 3, 4), 0.75, np.float32)
+
+
+def test_a_skip_step_runs_nothing_and_goes_on_as_far_as_the_table_says() -> None:
     scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
     engine = FakeEngine()
     found = records("FFKK" + "F" * 6, engine=engine)
@@ -192,9 +197,9 @@ def test_a_skip_step_runs_nothing_and_follows_the_line_as_far_as_the_table_says(
         if step < 2:
             negative, prompt = full_by_hand(scheduler, latents, step)
             guided = negative + np.float32(5.0) * (prompt - negative)
-            line = line.after(scheduler.sigmas[step], guided)
+            line = line.after(step, guided)
         else:
-            guided = line.at(scheduler.sigmas[step], 0.75).astype(np.float32)
+            guided = line.at(step, WEIGHTS).astype(np.float32)
         latents, history = scheduler.advance(latents, guided, step, history)
         np.testing.assert_allclose(found[step].latents, latents, rtol=1e-5, atol=1e-6)
     assert [found[2].mode, found[3].mode] == [Mode.SKIP] * 2
@@ -211,9 +216,9 @@ def test_an_unguided_step_runs_for_the_prompt_alone_and_forecasts_the_difference
         negative, prompt = full_by_hand(scheduler, latents, step)
         difference = prompt - negative
         if step < 2:
-            line = line.after(scheduler.sigmas[step], difference)
+            line = line.after(step, difference)
         else:
-            difference = line.at(scheduler.sigmas[step], 0.5)
+            difference = line.at(step, WEIGHTS / 1.5)
         guided = (prompt + 4 * difference).astype(np.float32)
         latents, history = scheduler.advance(latents, guided, step, history)
         np.testing.assert_allclose(found[step].latents, latents, rtol=1e-4, atol=1e-5)
@@ -222,7 +227,8 @@ def test_an_unguided_step_runs_for_the_prompt_alone_and_forecasts_the_difference
 @pytest.mark.parametrize("measured", [False, True])
 def test_a_skip_step_beyond_what_was_measured_takes_the_last_prediction(measured: bool) -> None:
     nothing = np.zeros((STEPS, 1))
-    table = replace(reuse_table(), skip=nothing, skip_slope=nothing.astype(np.float32))
+    weight = np.zeros((STEPS, 2, 1), np.float32)
+    table = replace(reuse_table(), skip=nothing, skip_weight=weight)
     scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
     start = initial_latents(SHAPE, 3, 1.0)
     schedule = CacheSchedule.from_string("FFK" + "F" * 7)

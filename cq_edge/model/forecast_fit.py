@@ -1,0 +1,86 @@
+"""Fits how far forecasts go on, by least squares over a calibration run."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cq_edge.forecast import Weights, expected_back
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InnerProducts:
+    """Sums over prompts, of T steps; a product is the mean over the entries of two values.
+
+    Attributes:
+        values: (T, D+1): of what step k computed with what step k - d computed, at [k, d].
+        truths: (T, D+1): likewise of what would have been right at step k.
+        squares: (T,): of that with itself.
+    """
+
+    values: NDArray[np.float64]
+    truths: NDArray[np.float64]
+    squares: NDArray[np.float64]
+
+    def weights(self, furthest: int) -> Weights:
+        """Returns (T, R+2, R+1) the weights of least squared error up to `furthest`, R."""
+        total = len(self.squares)
+        fitted = np.zeros((total, furthest + 2, furthest + 1), np.float32)
+        for step, back, gap in np.ndindex(fitted.shape):
+            if 0 < back <= step and 0 < gap < total - step:
+                product, expected = self._moved(step, back, gap)
+                fitted[step, back, gap] = product / expected if expected > 0 else 0
+        return fitted
+
+    def left(self, weights: Weights) -> NDArray[np.float64]:
+        """Returns (T, R+1) the squared errors that forecasts leave where computed steps lie
+        evenly; column 0 is of what was computed, entries beyond the last step are 0."""
+        total = len(self.squares)
+        errors = np.zeros((total, weights.shape[2]))
+        for step, gap in np.ndindex(errors.shape):
+            if gap >= total - step:
+                continue
+            change = self.squares[step + gap] - 2 * self.truths[step + gap, gap]
+            errors[step, gap] = change + self.values[step, 0]
+            back = expected_back(step, gap)
+            if gap and back:
+                weight = float(weights[step, back, gap])
+                product, expected = self._moved(step, back, gap)
+                errors[step, gap] += weight * (weight * expected - 2 * product)
+        return np.maximum(errors, 0)
+
+    def _moved(self, step: int, back: int, gap: int) -> tuple[float, float]:
+        """Returns the products of the last change with what changes next, and with itself."""
+        later, values, before = self.truths[step + gap], self.values[step], step - back
+        product = later[gap] - later[gap + back] - values[0] + values[back]
+        return product, values[0] - 2 * values[back] + self.values[before, 0]
+
+
+class ForecastRun:
+    """Takes in a calibration run's values step by step, and sums up their products."""
+
+    def __init__(self, total: int, furthest: int) -> None:
+        """Takes the number of steps, and the most steps that a forecast is to reach."""
+        self._furthest = furthest
+        self._values, self._truths = np.zeros((2, total, 2 * furthest + 2))
+        self._squares = np.zeros(total)
+        self._recent: list[NDArray[np.float64]] = []  # what was computed, the newest first
+
+    def take(self, step: int, value: NDArray[np.floating], truth: NDArray[np.floating]) -> None:
+        """Takes in the next step of a prompt's run: what was computed, and what is right."""
+        computed, right = (x.astype(np.float64).ravel() for x in (value, truth))
+        earlier = self._recent if step else []
+        self._recent = [computed, *earlier][: self._values.shape[1]]
+        for back, other in enumerate(self._recent):
+            self._values[step, back] += computed @ other / right.size
+            self._truths[step, back] += right @ other / right.size
+        self._squares[step] += right @ right / right.size
+
+    @property
+    def products(self) -> InnerProducts:
+        """What was summed up."""
+        return InnerProducts(self._values, self._truths, self._squares)
+
+    def weights(self) -> Weights:
+        """Returns (T, R+2, R+1), fitted to all that was taken in."""
+        return self.products.weights(self._furthest)
