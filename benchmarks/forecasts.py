@@ -1,13 +1,14 @@
-"""How skip steps should forecast the noise prediction: reuse, a line or a parabola, and over what.
+"""How far cached features and noise predictions go on as they changed last.
 
 Runs captions that calibration never saw with the full graph at every step, and forecasts each
-guided noise prediction from the ones before it:
+step's guided noise prediction, and its cached features, from steps before it that lie evenly:
 
     cq-edge build -o out/demo/bundle
     python -m benchmarks.forecasts out/demo/bundle     # writes docs/forecasts.md
 """
 
 import argparse
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -17,19 +18,23 @@ from tqdm import tqdm
 
 from apps.engines import engine_for
 from benchmarks.full_loop import full_loop, prompt_contexts
+from cq_edge.forecast import Forecast, Weights
 from cq_edge.model.capture import MAX_SKIP
-from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
 
 _SCENES_SEED = 50_000_001
-_ORDERS = {"reuse": 0, "line": 1, "parabola": 2, "cubic": 3}
-_FIRST = 10  # the first step that every order reaches at every gap without PNDM's twin steps
-_LAST = 2  # steps in which the noise prediction bends: a line overshoots
+_ORDERS = {"taken again": 0, "line": 1, "parabola": 2}
+_FIRST = 20  # the first step that every order reaches at most gaps
+_FEATURE_GAPS = (1, 2, 4, 6)
+Values = NDArray[np.float32]
+"""(captions, T, …): of every step."""
+Way = Callable[[Values, int, int], NDArray[np.float64]]
+"""Of all steps' values, a step and how many steps before it the last was computed: a forecast."""
 
 
 def main() -> None:
-    """Runs the captions, forecasts, writes the table."""
+    """Runs the captions, forecasts, writes the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,75 +44,109 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
     bundle = open_bundle(args.bundle)
+    captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
+    predictions, features, sigmas = _run(bundle, captions, args.threads)
     defaults = bundle.manifest.defaults
     table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
-    captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
-    engine = engine_for(bundle, args.threads)
-    loop = full_loop(engine, bundle)
-    runs = [
+    text = "\n".join(
         [
-            v.noise_pred.double().numpy()
-            for v in loop.run(number, prompt_contexts(engine, bundle, caption))
+            *_table(
+                "noise prediction",
+                predictions,
+                _ways(sigmas, table.skip_weight),
+                range(1, MAX_SKIP + 1),
+                table.reuse_influence**2,
+            ),
+            "",
+            *_table(
+                "cached feature",
+                features,
+                _ways(sigmas, table.feature_weight),
+                _FEATURE_GAPS,
+                np.ones(len(sigmas)),
+            ),
+            "",
+            "Mean squared error of forecasting every step so many steps after the last computed "
+            "one, as a share of taking that one again; computed steps lie evenly. Noise "
+            "predictions are guided, and weighted by what an error does to the final latents. "
+            "*Fitted* is the runtime's: the last change goes on as far as calibration, on other "
+            f"captions, found best for each three steps. {len(captions)} held-out captions and "
+            f"seeds, {defaults.noise_scheduler.upper()} {defaults.steps} steps, guidance "
+            f"{defaults.guidance_scale:g}, {bundle.manifest.conditions['quantization']}, UNet "
+            f"{bundle.manifest.conditions['unet_compression']:.2f} times smaller than float32.",
+            "",
         ]
-        for number, caption in enumerate(tqdm(captions, desc="captions"))
-    ]
-    predictions = np.stack([np.concatenate(run) for run in runs])
-    text = _table(predictions, loop.noise_scheduler, table.reuse_influence**2, bundle)
+    )
     (args.docs / "forecasts.md").write_text(text, encoding="utf-8")
     print(text)
 
 
+def _run(
+    bundle: Bundle, captions: Sequence[str], threads: int | None
+) -> tuple[Values, Values, NDArray[np.float64]]:
+    """Returns every step's guided noise predictions and the branches' features, and its sigma."""
+    engine = engine_for(bundle, threads)
+    loop = full_loop(engine, bundle)
+    predictions, features = [], []
+    for number, caption in enumerate(tqdm(captions, desc="captions")):
+        visits = list(loop.run(number, prompt_contexts(engine, bundle, caption)))
+        predictions.append([visit.noise_pred.numpy() for visit in visits])
+        features.append([np.concatenate([f.numpy() for f in visit.features]) for visit in visits])
+    return np.array(predictions), np.array(features), np.array(loop.noise_scheduler.sigmas)
+
+
+def _ways(sigmas: NDArray[np.float64], weights: Weights) -> Mapping[str, Way]:
+    """Returns the ways to forecast: polynomials over sigma, and the runtime's."""
+
+    def polynomial(order: int) -> Way:
+        def forecast(values: Values, step: int, gap: int) -> NDArray[np.float64]:
+            points = _even(step, gap, order + 1)
+            shares = _lagrange(sigmas[points], sigmas[step])
+            found: NDArray[np.float64] = np.einsum("p,np...->n...", shares, values[:, points])
+            return found
+
+        return forecast
+
+    def fitted(values: Values, step: int, gap: int) -> NDArray[np.float64]:
+        forecast = Forecast()
+        for point in reversed(_even(step, gap, 2)):
+            forecast = forecast.after(point, values[:, point].astype(np.float64))
+        found: NDArray[np.float64] = forecast.at(step, weights)
+        return found
+
+    return {**{name: polynomial(order) for name, order in _ORDERS.items()}, "fitted": fitted}
+
+
+def _even(step: int, gap: int, count: int) -> list[int]:
+    """Returns the last computed steps before one, the newest first."""
+    return [step - gap - n * (gap + 1) for n in range(count)]
+
+
 def _table(
-    runs: NDArray[np.float64],
-    noise_scheduler: NoiseScheduler,
+    what: str,
+    values: Values,
+    ways: Mapping[str, Way],
+    gaps: Sequence[int],
     influence: NDArray[np.float64],
-    bundle: Bundle,
-) -> str:
-    axes = {"timestep": noise_scheduler.timesteps.astype(np.float64),
-            "sigma": np.array(noise_scheduler.sigmas)}  # fmt: skip
-    gaps = range(1, MAX_SKIP + 1)
-    shown = [*(f"gap {gap}" for gap in gaps), f"gap 1, last {_LAST} steps"]
-    lines = ["| forecast | over | " + " | ".join(shown) + " |",
-             "| --- | --- |" + " --- |" * len(shown)]  # fmt: skip
-    end = len(influence) - _LAST
-    for name, order in _ORDERS.items():
-        for axis, values in axes.items() if order else [("–", axes["sigma"])]:
-            run = (runs, values, influence, order)
-            errors = [_error(*run, gap, range(_FIRST, end)) for gap in gaps]
-            errors.append(_error(*run, 1, range(end, len(influence))))
-            cells = " | ".join(f"{1e3 * error:.3f}" for error in errors)
-            lines.append(f"| {name} | {axis} | {cells} |")
-    defaults = bundle.manifest.defaults
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "A thousandth of the error of forecasting every step so many steps after the last "
-            "computed one: mean squared error of the guided noise prediction times the step's "
-            f"influence, summed over the steps, the last {_LAST} apart. {len(runs)} held-out "
-            f"captions and seeds, {defaults.noise_scheduler.upper()} {defaults.steps} steps, "
-            f"guidance {defaults.guidance_scale:g}. The runtime takes the line over sigma, "
-            "followed as far as calibration found best for each pair of steps.",
-            "",
-        ]
-    )
+) -> list[str]:
+    lines = [f"| {what} | " + " | ".join(f"gap {gap}" for gap in gaps) + " |",
+             "| --- |" + " ---: |" * len(gaps)]  # fmt: skip
+    errors = {
+        name: np.array([_error(values, way, gap, influence) for gap in gaps])
+        for name, way in ways.items()
+    }
+    again = errors["taken again"]
+    for name, found in errors.items():
+        lines.append(f"| {name} | " + " | ".join(f"{x:.3f}" for x in found / again) + " |")
+    return lines
 
 
-def _error(
-    runs: NDArray[np.float64],
-    axis: NDArray[np.float64],
-    influence: NDArray[np.float64],
-    order: int,
-    gap: int,
-    steps: range,
-) -> float:
-    """Returns what forecasting each of some steps from `gap` steps before adds to the error."""
+def _error(values: Values, way: Way, gap: int, influence: NDArray[np.float64]) -> float:
+    """Returns what forecasting each step from `gap` steps before errs by, weighted."""
     total = 0.0
-    for step in steps:
-        points = range(step - gap - order, step - gap + 1)
-        weights = _lagrange(axis[list(points)], axis[step])
-        forecast = np.einsum("p,np...->n...", weights, runs[:, list(points)])
-        total += influence[step] * float(np.square(forecast - runs[:, step]).mean())
+    for step in range(_FIRST, len(influence)):
+        off = way(values, step, gap) - values[:, step]
+        total += float(influence[step]) * float(np.square(off).mean())
     return total
 
 

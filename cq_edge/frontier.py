@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,9 @@ class ErrorParts(NamedTuple):
         return max(0.0, self.reuse**2 + self.noise)
 
 
+_Moves: TypeAlias = list[tuple[Mode, _State, ErrorParts]]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ReuseErrors:
     """What each way of computing less adds to a plan's error.
@@ -60,6 +63,7 @@ class ReuseErrors:
     skip: NDArray[np.float64]
     unguided: NDArray[np.float64]
     noise: Mapping[Mode, NDArray[np.float64]] = field(default_factory=dict)
+    _found: dict[tuple[int, _State], _Moves] = field(default_factory=dict, init=False, repr=False)
 
     def parts(self, schedule: CacheSchedule) -> ErrorParts:
         """Returns the errors of a schedule's steps, added up.
@@ -101,12 +105,16 @@ class ReuseErrors:
     def _noise(self, mode: Mode, step: int, back: int) -> float:
         return float(self.noise[mode][step, back]) if self.noise else 0.0
 
-    def _moves(self, step: int, state: _State) -> Iterator[tuple[Mode, _State, ErrorParts]]:
-        """Yields what a step may be after a state: its mode, the next state, what it adds."""
-        # the noise that goes on is of the last full step, or of the last that was guided
-        back = state.gap + 1 if state.guided_anchor else state.unguided + 1
-        for mode, after, reuse in self._reusing(step, state):
-            yield mode, after, ErrorParts(reuse, self._noise(mode, step, back))
+    def _moves(self, step: int, state: _State) -> _Moves:
+        """Returns what a step may be after a state: its mode, the next state, what it adds."""
+        if (step, state) not in self._found:
+            # the noise that goes on is of the last full step, or of the last that was guided
+            back = state.gap + 1 if state.guided_anchor else state.unguided + 1
+            self._found[step, state] = [
+                (mode, after, ErrorParts(reuse, self._noise(mode, step, back)))
+                for mode, after, reuse in self._reusing(step, state)
+            ]
+        return self._found[step, state]
 
     def _reusing(self, step: int, state: _State) -> Iterator[tuple[Mode, _State, float]]:
         """Yields a step's modes with the next state and the amplitude that reuse adds."""
