@@ -14,6 +14,12 @@ _SHALLOW_SHARE = 0.5
 """Of a full step's noise, what the layers that a shallow step runs add anew."""
 
 
+def unguided_share(guidance_scale: float) -> float:
+    """Returns how much of a full step's noise a step has that takes what the negative prompt
+    changes from another: of the prompt's branch new, and of both the old one's."""
+    return (2 * (guidance_scale - 1) ** 2 + 1) * _one_branch(guidance_scale)
+
+
 def noise_by_mode(
     own: NDArray[np.float64], influence: NDArray[np.float64], guidance_scale: float
 ) -> dict[Mode, NDArray[np.float64]]:
@@ -33,7 +39,7 @@ def noise_by_mode(
     before = reach[:total, None] - reach[source]
     goes_on = own[source] * ((before + influence[:, None]) ** 2 - before**2)
     anew = np.broadcast_to((own * influence**2)[:, None], (total, total))
-    one_branch = 1 / (guidance_scale**2 + (guidance_scale - 1) ** 2)
+    one_branch = _one_branch(guidance_scale)
     return {
         Mode.FULL: anew,
         Mode.SHALLOW: goes_on + _SHALLOW_SHARE * anew,
@@ -41,3 +47,8 @@ def noise_by_mode(
         Mode.FULL_UNGUIDED: goes_on + one_branch * anew,
         Mode.SHALLOW_UNGUIDED: goes_on + _SHALLOW_SHARE * one_branch * anew,
     }
+
+
+def _one_branch(guidance_scale: float) -> float:
+    """Returns the power of one branch's noise, of that of the guided prediction."""
+    return 1 / (guidance_scale**2 + (guidance_scale - 1) ** 2)

@@ -17,7 +17,7 @@ from cq_edge.correction import ChannelCorrection, ShallowCorrection
 from cq_edge.errors import BundleError, CalibrationError, OutputExistsError, UsageError
 from cq_edge.forecast import Weights
 from cq_edge.frontier import ReuseErrors
-from cq_edge.quantisation_noise import noise_by_mode
+from cq_edge.quantisation_noise import noise_by_mode, unguided_share
 
 OBJECTIVES = ("noise_pred", "feature_l1")
 """What a plan may minimise the sum of; the first is the default."""
@@ -26,6 +26,9 @@ _ERRORS = (*OBJECTIVES, "skip", "unguided")
 _INFLUENCES = ("noise_influence", "reuse_influence")
 _CORRECTIONS = ("gain", "bias", "output_gain", "output_bias")
 _WEIGHTS = ("feature_weight", "skip_weight", "unguided_weight")
+_ACROSS = 0.5
+"""The share of what reuse adds to a step's mean squared error that is as unlike other steps' as
+noise is; fitted, with what calibration tries of plans, to plans of the demo model."""
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
@@ -41,9 +44,9 @@ class ReuseTable:
         noise_scheduler: Name of the noise scheduler that it was measured with.
         steps: Sampler steps asked for (PNDM evaluates the denoiser once more).
         guidance_scale: Of the run that was measured.
-        base_error: Of the float denoiser, every step full: the mean squared error of the final
-            latents against those of the bundle's own noise scheduler and steps, whose table has
-            0 here.
+        base_error: What no plan changes: the mean squared error of the final latents, every step
+            full, of the float denoiser against that with the bundle's own noise scheduler and
+            steps, and the part of quantisation's that all steps share.
         timesteps: (T,) float32, the noise scheduler's.
         noise_influence: (T,) float64: how far the final latents move with a step's guided noise
             prediction where that has noise of its own; of either sign.
@@ -140,9 +143,10 @@ class ReuseTable:
         """
         shallow = self.errors(objective)
         if objective == OBJECTIVES[0]:
-            skip, unguided = self._added(self.skip), self._added(self.unguided)
+            share = unguided_share(self.guidance_scale)
+            skip, unguided = self._added(self.skip), self._added(self.unguided, share)
             noise = noise_by_mode(self._own, self.noise_influence, self.guidance_scale)
-            return ReuseErrors(shallow, skip, unguided, noise)
+            return ReuseErrors(shallow, skip, unguided, noise, self._across)
         never = np.zeros((len(shallow), 1))
         return ReuseErrors(shallow, never, never)
 
@@ -242,12 +246,20 @@ class ReuseTable:
         except CalibrationError as error:
             raise BundleError(f"{path} is not a reuse table: {error}") from None
 
-    def _added(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Returns (T, G+1): how far what an error adds to a full step's moves the final latents."""
+    def _added(self, squares: NDArray[np.float64], share: float = 1.0) -> NDArray[np.float64]:
+        """Returns (T, G+1): how far what an error adds to a full step's noise, or to a share of it,
+        moves the final latents."""
         step = self._steps(squares)
-        added = np.maximum(squares - self._own[step], 0)
+        added = np.maximum(squares - share * self._own[step], 0)
+        added[:, 0] = 0  # computed, not reused
         moved: NDArray[np.float64] = np.sqrt(added) * self.reuse_influence[step]
         return moved
+
+    @property
+    def _across(self) -> NDArray[np.float64]:
+        """(T,): what the square of such a movement adds to the noise."""
+        noise, reuse = self.noise_influence**2, self.reuse_influence**2
+        return _ACROSS * np.divide(noise, reuse, out=np.zeros_like(noise), where=reuse > 0)
 
     @property
     def _own(self) -> NDArray[np.float64]:

@@ -1,8 +1,9 @@
 """What a table's errors are worth in the final latents, from two plans that are tried.
 
 The influence of single steps supposes Gaussian data, and that errors of reuse point one way all
-along. So the noise of every step full is scaled to what that run ends in, and then the errors of
-reuse to what a plan that computes little ends in.
+along. So the noise of every step full is scaled to what that run ends in, less the part of it
+that is the same in all steps and so in all plans, and then the errors of reuse to what a plan
+that computes little ends in.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ _MODE_COSTS = (1.0, 0.1, 0.0, 0.5, 0.05)
 _FULL_SHARE, _FULL_STEPS = 0.25, 8
 """The larger is what is full: few enough for reuse to err more than quantisation does, and enough
 for a picture."""
+_FRESH = 0.5
+"""The share of quantisation's error in the final latents that is new at every step; fitted to
+plans of the demo model."""
 _LEAST_REUSE = 0.1
 """The least share of a trial's error that counts as reuse's, where noise alone seems to be more."""
 
@@ -66,7 +70,7 @@ def scaled_to_trial(
     on_step: Callable[[], object] = lambda: None,
 ) -> ReuseTable:
     """Returns a table whose predictions are right for every step full and for a plan that
-    computes little.
+    computes little; its base error has grown by what quantisation does to all plans.
 
     Args:
         table: Of the loop's noise scheduler; its influences are scaled.
@@ -78,10 +82,14 @@ def scaled_to_trial(
         on_step: Called after every step that is run, for progress bars.
     """
     all_full = CacheSchedule.all_full(len(table.timesteps))
-    noise = _ratio(
-        typical_distance(full_finals, exact_finals), table.reuse_errors().total(all_full)
+    quantised = typical_distance(full_finals, exact_finals)
+    noise = _ratio(_FRESH * quantised, table.reuse_errors().total(all_full))
+    shared = (1 - _FRESH) * quantised
+    table = replace(
+        table,
+        base_error=table.base_error + shared,
+        noise_influence=table.noise_influence * np.sqrt(noise),
     )
-    table = replace(table, noise_influence=table.noise_influence * np.sqrt(noise))
     # a step without the negative prompt cannot be run branch by branch
     errors = replace(table.reuse_errors(), unguided=np.zeros((len(table.timesteps), 1)))
     plans = search_plans(errors, dict(zip(Mode, _MODE_COSTS, strict=True)))
@@ -91,7 +99,8 @@ def scaled_to_trial(
     planned = _Planned(loop, shallow, table, schedule, len(loop.branches(prompts[0])))
     finals = final_latents(replace(loop, full=planned), prompts, on_step)
     found, predicted = typical_distance(finals, exact_finals), errors.parts(schedule)
-    reuse = _ratio(max(found - predicted.noise, _LEAST_REUSE * found), predicted.reuse**2)
+    left = max(found - shared - predicted.noise, _LEAST_REUSE * found)
+    reuse = _ratio(left, predicted.reuse**2)
     return replace(table, reuse_influence=table.reuse_influence * np.sqrt(reuse))
 
 
