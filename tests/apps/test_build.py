@@ -176,9 +176,10 @@ def test_the_bundle_says_what_its_graphs_compute(built):
 def test_fewer_steps_are_calibrated_too_and_planned_where_time_is_short(built, capsys):
     folder, _ = built
     own, few = open_bundle(folder).reuse_tables()
-    assert (own.noise_scheduler, own.steps, own.base_error) == ("ddim", 8, 0)
+    assert (own.noise_scheduler, own.steps) == ("ddim", 8)
     assert (few.noise_scheduler, few.steps) == ("dpmsolver++", 4)
-    assert few.base_error > 0
+    # what quantisation does to every plan, and to the other's what fewer steps do too
+    assert 0 < own.base_error < few.base_error
     assert main(["plan", str(folder), "--speedup", "1", "--json"]) == 0
     frontier = json.loads(capsys.readouterr().out)["frontier"]
     assert {plan["noise_scheduler"] for plan in frontier} == {"ddim", "dpmsolver++"}

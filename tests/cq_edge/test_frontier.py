@@ -21,7 +21,22 @@ def random_errors(seed, steps=7, gaps=(3, 2, 2)):
     return ReuseErrors(
         *(rng.uniform(0.1, 1, (steps, g + 1)) * rise(np.arange(g + 1)) for g in gaps),
         noise if seed % 2 else {},
+        rng.uniform(0, 1, steps) if seed % 2 else None,
     )
+
+
+def test_the_part_of_reuse_that_is_like_noise_counts_by_its_square():
+    alike = replace(random_errors(0), across=np.arange(7.0))
+    for modes in ("FFFFFFF", "FSKFFFF", "FFfFSFK"):
+        schedule = CacheSchedule.from_string(modes)
+        steps = [
+            replace(alike, across=(np.arange(7) == step).astype(float)).parts(schedule).noise
+            for step in range(7)
+        ]
+        assert steps[0] == 0  # full
+        assert [bool(s) for s in steps] == [mode != "F" for mode in modes]
+        assert alike.parts(schedule).noise == pytest.approx(np.arange(7) @ steps)
+        assert alike.parts(schedule).reuse == random_errors(0).parts(schedule).reuse
 
 
 def every_schedule(errors):
@@ -76,7 +91,7 @@ def test_plans_are_the_best_there_are_or_nearly(seed):
 
 
 def test_the_total_adds_up_what_each_step_builds_on():
-    errors = replace(random_errors(1), noise={})
+    errors = replace(random_errors(1), noise={}, across=None)
     shallow, skip, unguided = errors.shallow, errors.skip, errors.unguided
     expected = {
         "FSSFKKS": shallow[0, 1] + shallow[0, 2] + skip[3, 1] + skip[3, 2] + shallow[3, 3],

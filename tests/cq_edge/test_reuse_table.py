@@ -318,6 +318,16 @@ def test_only_our_objective_knows_what_forecasts_cost():
             more = max(0, getattr(table(), name)[anchor, gap] - table().noise_pred[step, 0])
             moved = np.sqrt(more) * table().reuse_influence[step]
             assert found[anchor, gap] == pytest.approx(moved)
+    np.testing.assert_allclose(
+        ours.across * table().reuse_influence ** 2, 0.5 * table().noise_influence ** 2
+    )
+    # of two branches' noise the prompt's is new, what both differed by goes on
+    anchor, gap, scale = 1, 2, table().guidance_scale
+    share = (2 * (scale - 1) ** 2 + 1) / (scale**2 + (scale - 1) ** 2)
+    added = max(0, table().unguided[anchor, gap] - share * table().noise_pred[anchor + gap, 0])
+    moved = np.sqrt(added) * table().reuse_influence[anchor + gap]
+    assert ours.unguided[anchor, gap] == pytest.approx(moved)
+    assert (ours.unguided[:, 0] == 0).all()
     assert set(ours.noise) == set(Mode)
     assert not papers.noise
     assert ours.unguided.shape == table().unguided.shape
