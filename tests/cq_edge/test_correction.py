@@ -82,6 +82,22 @@ def test_pieces_fit_as_the_whole(cuts, offset):
     np.testing.assert_allclose(pieces.bias, whole.bias, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.7, -0.3])
+def test_the_moments_of_a_forecast_are_those_of_its_values(weight):
+    rng = np.random.default_rng(3)
+    before = rng.normal(20, 1, (40, 5))
+    x, y = (before + rng.normal(size=before.shape) for _ in range(2))
+    moments = [MomentAccumulator() for _ in range(3)]
+    for each, pair in zip(moments, ((x, y), (before, y), (before, x)), strict=True):
+        each.add(pair[0][:15], pair[1][:15])
+        each.add(pair[0][15:], pair[1][15:])
+    found = moments[0].going_on(*moments[1:], weight).fit()
+    fitted = fit_correction(x + weight * (x - before), y)
+    np.testing.assert_allclose(found.gain, fitted.gain, rtol=1e-5)
+    np.testing.assert_allclose(found.bias, fitted.bias, rtol=1e-5, atol=1e-4)
+    assert moments[0].product() == pytest.approx((x * y).sum())
+
+
 def test_large_means_do_not_drown_small_deviations():
     x, _ = pairs()
     x = x.astype(float) + 1e5
