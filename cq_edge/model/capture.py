@@ -3,10 +3,10 @@
 Every prompt is run three times, with the full graph at every step. The first run compares the
 cached features of every anchor step i and later step k = i + gap: their L1 distance (the paper's
 objective), how far the feature goes on as it changed before, and the cache correction, which maps
-what is so forecast onto step k's best. The second run fits the
-quantisation correction of the layers that consume the corrected feature. The third predicts
-each step k with the shallow graph from every feature i, and measures how far the guided noise
-prediction is from the float denoiser's; a half of the correction that hardly helps is dropped.
+what is so forecast onto step k's best. The second run fits the quantisation correction of the
+layers that consume the corrected feature. The third predicts each step k with the shallow graph
+from every feature i, and measures how far the guided noise prediction is from the float
+denoiser's; a half of the correction that hardly helps is dropped.
 How far forecasts are from it is measured on the first run.
 """
 
