@@ -40,7 +40,7 @@ class ErrorParts(NamedTuple):
         return max(0.0, self.reuse**2 + self.noise)
 
 
-_Moves: TypeAlias = list[tuple[Mode, _State, ErrorParts]]
+_Moves: TypeAlias = dict[Mode, tuple[_State, ErrorParts]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +81,7 @@ class ReuseErrors:
             )
         state, found = _State(), self._first
         for step, mode in enumerate(schedule.modes[1:], start=1):
-            moves = {name: (after, added) for name, after, added in self._moves(step, state)}
+            moves = self._moves(step, state)
             if mode not in moves:
                 allowed = " or ".join(moves)
                 raise ScheduleError(
@@ -109,15 +109,15 @@ class ReuseErrors:
         return float(self.noise[mode][step, back]) if self.noise else 0.0
 
     def _moves(self, step: int, state: _State) -> _Moves:
-        """Returns what a step may be after a state: its mode, the next state, what it adds."""
+        """Returns what a step may be after a state: by mode the next state and what it adds."""
         if (step, state) not in self._found:
             # the noise that goes on is of the last full step, or of the last that was guided
             back = state.gap + 1 if state.guided_anchor else state.unguided + 1
             across = 0.0 if self.across is None else float(self.across[step])
-            self._found[step, state] = [
-                (mode, after, ErrorParts(reuse, self._noise(mode, step, back) + across * reuse**2))
+            self._found[step, state] = {
+                mode: (after, ErrorParts(reuse, self._noise(mode, step, back) + across * reuse**2))
                 for mode, after, reuse in self._reusing(step, state)
-            ]
+            }
         return self._found[step, state]
 
     def _reusing(self, step: int, state: _State) -> Iterator[tuple[Mode, _State, float]]:
@@ -220,7 +220,7 @@ def search_frontier(
     for step in range(1, len(errors.shallow)):
         found = defaultdict(list)
         for state, labels in layers[-1].items():
-            for mode, after, added in errors._moves(step, state):
+            for mode, (after, added) in errors._moves(step, state).items():
                 error = labels.error + (weight * added.reuse + added.noise)
                 found[after].append((state, mode, labels.ns + ns[mode], error))
         layers.append({after: _undominated(parts) for after, parts in found.items()})
@@ -236,6 +236,10 @@ def _undominated(
     parts: Sequence[tuple[_State, Mode, NDArray[np.int64], NDArray[np.float64]]],
 ) -> _Labels:
     """Returns the labels of all parts that are faster or better than every other."""
+    pairs = [(state, mode) for state, mode, *_ in parts]
+    if len(parts) == 1:  # as most states, with one way in
+        _, _, ns, error = parts[0]
+        return _Labels(ns, error, pairs, (0,), np.arange(len(ns)))
     ns = np.concatenate([part[2] for part in parts])
     error = np.concatenate([part[3] for part in parts])
     order = ns.argsort(kind="stable")  # merges runs, which the parts are
@@ -246,7 +250,6 @@ def _undominated(
     last = np.ones(len(ns), bool)  # of equally fast ones the best
     np.greater(ns[1:], ns[:-1], out=last[:-1])
     starts = [0, *accumulate(len(part[2]) for part in parts)]
-    pairs = [(state, mode) for state, mode, *_ in parts]
     return _Labels(ns[last], error[last], pairs, starts, order[last])
 
 

@@ -10,7 +10,8 @@ from cq_edge.forecast import Weights, expected_back
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InnerProducts:
-    """Sums over prompts, of T steps; a product is the mean over the entries of two values.
+    """Sums over prompts, of T steps, of the products of two values, entry by entry; all may be
+    divided by one number, such as the count of entries.
 
     Attributes:
         values: (T, D+1): of what step k computed with what step k - d computed, at [k, d].
@@ -34,7 +35,8 @@ class InnerProducts:
 
     def left(self, weights: Weights) -> NDArray[np.float64]:
         """Returns (T, R+1) the squared errors that forecasts leave where computed steps lie
-        evenly; column 0 is of what was computed, entries beyond the last step are 0."""
+        evenly, in the products' unit; column 0 is of what was computed, entries beyond the last
+        step are 0."""
         total = len(self.squares)
         errors = np.zeros((total, weights.shape[2]))
         for step, gap in np.ndindex(errors.shape):

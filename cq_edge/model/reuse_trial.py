@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cq_edge.correction import MomentAccumulator
-from cq_edge.forecast import Weights, expected_back
+from cq_edge.forecast import Forecast, Weights, expected_back
 from cq_edge.model.trajectory import Loop, Prompt, Visit, mean_square
 
 ShallowGraph = Callable[..., Tensor]
@@ -164,9 +164,10 @@ def _forecasts(earlier: Sequence[Visit], weights: Weights) -> Iterator[tuple[int
     that is taken to have been full before it, at the step after these."""
     for gap, anchor in enumerate(earlier[: weights.shape[2] - 1], start=1):
         back = expected_back(anchor.step, gap)
-        before, weight = earlier[gap - 1 + back], float(weights[anchor.step, back, gap])
+        before = earlier[gap - 1 + back]
         pairs = zip(anchor.features, before.features, strict=True)
-        yield anchor.step, [feature + weight * (feature - other) for feature, other in pairs]
+        lines = [Forecast(((anchor.step, new), (before.step, old))) for new, old in pairs]
+        yield anchor.step, [line.at(anchor.step + gap, weights) for line in lines]
 
 
 def _outputs(

@@ -145,9 +145,7 @@ def test_an_array_of_one_column_rules_its_mode_out():
 def test_the_whole_frontier_of_fifty_steps_takes_well_under_a_second():
     from time import process_time
 
-    taken = []
-    for _ in range(3):  # what else runs slows some of them
-        errors, start = random_errors(1, 51, (10, 4, 3)), process_time()
-        assert len(search_plans(errors, MODE_MS)) > 100
-        taken.append(process_time() - start)
-    assert min(taken) < 1
+    errors = random_errors(1, 51, (10, 4, 3))
+    start = process_time()
+    assert len(search_plans(errors, MODE_MS)) > 100
+    assert process_time() - start < 1
