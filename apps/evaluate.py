@@ -35,7 +35,7 @@ from runtime.measure import measure_graphs
 if TYPE_CHECKING:
     from cq_edge.model.scorer import Scorer
 
-_SCENES_SEED = 30_000_001
+SCENES_SEED = 30_000_001
 _BEST_AT_FEW_STEPS = "dpmsolver++"
 _TIMED_CAPTIONS = 16
 _FRONTIER_SPEEDUPS = (2.0, 3.0, 4.0, 5.18, 6.0, 8.0)
@@ -211,7 +211,7 @@ def _require_same_model(reference: Bundle, ours: Bundle) -> None:
 def _captions(args: argparse.Namespace) -> tuple[list[str], list[Scene] | None]:
     """Returns the captions, and the scenes they describe if they are the demo world's."""
     if args.prompts is None:
-        world = list(islice(scenes(_SCENES_SEED, held_out=True), args.captions))
+        world = list(islice(scenes(SCENES_SEED, held_out=True), args.captions))
         return [scene.caption() for scene in world], world
     captions = list(read_prompts(args.prompts)[: args.captions])
     if len(captions) < 2:

@@ -57,15 +57,15 @@ class ReuseErrors:
         unguided: (T, U+1): forecasting what the negative prompt changes from step i, the last
             that ran it.
         noise: Of each mode (T, T), as `noise_by_mode` gives it; empty without any.
-        across: (T,): by step, what the square of such an error adds to the noise, of the part of
-            it that is as unlike other steps' errors as noise is; None without any.
+        across: Of each mode (T,): by step, what the square of such an error adds to the noise, of
+            the part of it that is like noise; empty without any.
     """
 
     shallow: NDArray[np.float64]
     skip: NDArray[np.float64]
     unguided: NDArray[np.float64]
     noise: Mapping[Mode, NDArray[np.float64]] = field(default_factory=dict)
-    across: NDArray[np.float64] | None = None
+    across: Mapping[Mode, NDArray[np.float64]] = field(default_factory=dict)
     _found: dict[tuple[int, _State], _Moves] = field(default_factory=dict, init=False, repr=False)
 
     def parts(self, schedule: CacheSchedule) -> ErrorParts:
@@ -113,11 +113,12 @@ class ReuseErrors:
         if (step, state) not in self._found:
             # the noise that goes on is of the last full step, or of the last that was guided
             back = state.gap + 1 if state.guided_anchor else state.unguided + 1
-            across = 0.0 if self.across is None else float(self.across[step])
-            self._found[step, state] = {
-                mode: (after, ErrorParts(reuse, self._noise(mode, step, back) + across * reuse**2))
-                for mode, after, reuse in self._reusing(step, state)
-            }
+            moves = {}
+            for mode, after, reuse in self._reusing(step, state):
+                across = float(self.across[mode][step]) if self.across else 0.0
+                noise = self._noise(mode, step, back) + across * reuse**2
+                moves[mode] = after, ErrorParts(reuse, noise)
+            self._found[step, state] = moves
         return self._found[step, state]
 
     def _reusing(self, step: int, state: _State) -> Iterator[tuple[Mode, _State, float]]:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from cq_edge.noise_scheduler import NoiseScheduler
 
-_NOISE_SPREAD, _REUSE_SPREAD = 0.05, 5.0
+_NOISE_SPREAD, _REUSE_SPREAD = 0.05, 3.0
 """Standard deviation of the data in the directions that an error takes, of latents that have 1 in
 all: fresh noise lies across what pictures look like, errors of reuse along it, where few
 directions hold most of what pictures differ by."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import Mode
 
-_SHALLOW_SHARE = 0.5
+_SHALLOW_SHARE = 0.2
 """Of a full step's noise, what the layers that a shallow step runs add anew."""
 
 

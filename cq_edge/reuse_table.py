@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cq_edge.cache_schedule import Mode
 from cq_edge.correction import ChannelCorrection, ShallowCorrection
 from cq_edge.errors import BundleError, CalibrationError, OutputExistsError, UsageError
 from cq_edge.forecast import Weights
@@ -26,9 +27,19 @@ _ERRORS = (*OBJECTIVES, "skip", "unguided")
 _INFLUENCES = ("noise_influence", "reuse_influence")
 _CORRECTIONS = ("gain", "bias", "output_gain", "output_bias")
 _WEIGHTS = ("feature_weight", "skip_weight", "unguided_weight")
-_ACROSS = 0.5
-"""The share of what reuse adds to a step's mean squared error that is as unlike other steps' as
-noise is; fitted, with what calibration tries of plans, to plans of the demo model."""
+_ACROSS = {
+    Mode.FULL: 0.0,
+    Mode.SHALLOW: 0.3,
+    Mode.SKIP: 0.6,
+    Mode.FULL_UNGUIDED: 3.0,
+    Mode.SHALLOW_UNGUIDED: 3.0,
+}
+"""By mode, the share of what reuse adds to a step's mean squared error that is as unlike other
+steps' as noise is. Above 1 where it points the way of the noise that the step repeats, whose power
+it then adds to more than once."""
+_ACROSS_LAST = 2.0
+"""The least likewise of the last step, which nothing mends. All fitted, with what calibration tries
+of plans, to plans of the demo model."""
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
@@ -256,10 +267,14 @@ class ReuseTable:
         return moved
 
     @property
-    def _across(self) -> NDArray[np.float64]:
-        """(T,): what the square of such a movement adds to the noise."""
+    def _across(self) -> dict[Mode, NDArray[np.float64]]:
+        """Of each mode (T,): what the square of such a movement adds to the noise."""
         noise, reuse = self.noise_influence**2, self.reuse_influence**2
-        return _ACROSS * np.divide(noise, reuse, out=np.zeros_like(noise), where=reuse > 0)
+        whole = np.divide(noise, reuse, out=np.zeros_like(noise), where=reuse > 0)
+        found = {mode: share * whole for mode, share in _ACROSS.items()}
+        for mode, share in _ACROSS.items():
+            found[mode][-1] = max(share, _ACROSS_LAST) * whole[-1]
+        return found
 
     @property
     def _own(self) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ _MODE_COSTS = (1.0, 0.1, 0.0, 0.5, 0.05)
 _FULL_SHARE, _FULL_STEPS = 0.25, 8
 """The larger is what is full: few enough for reuse to err more than quantisation does, and enough
 for a picture."""
-_FRESH = 0.5
+_FRESH = 0.8
 """The share of quantisation's error in the final latents that is new at every step; fitted to
 plans of the demo model."""
 _LEAST_REUSE = 0.1

@@ -21,17 +21,20 @@ def random_errors(seed, steps=7, gaps=(3, 2, 2)):
     return ReuseErrors(
         *(rng.uniform(0.1, 1, (steps, g + 1)) * rise(np.arange(g + 1)) for g in gaps),
         noise if seed % 2 else {},
-        rng.uniform(0, 1, steps) if seed % 2 else None,
+        {mode: rng.uniform(0, 1, steps) for mode in Mode} if seed % 2 else {},
     )
 
 
 def test_the_part_of_reuse_that_is_like_noise_counts_by_its_square():
-    alike = replace(random_errors(0), across=np.arange(7.0))
+    alike = replace(random_errors(0), across={mode: np.arange(7.0) for mode in Mode})
     for modes in ("FFFFFFF", "FSKFFFF", "FFfFSFK"):
         schedule = CacheSchedule.from_string(modes)
+        never = dict.fromkeys(Mode, np.zeros(7))
         steps = [
-            replace(alike, across=(np.arange(7) == step).astype(float)).parts(schedule).noise
-            for step in range(7)
+            replace(alike, across=never | {mode: (np.arange(7) == step).astype(float)})
+            .parts(schedule)
+            .noise
+            for step, mode in enumerate(schedule.modes)
         ]
         assert steps[0] == 0  # full
         assert [bool(s) for s in steps] == [mode != "F" for mode in modes]
@@ -91,7 +94,7 @@ def test_plans_are_the_best_there_are_or_nearly(seed):
 
 
 def test_the_total_adds_up_what_each_step_builds_on():
-    errors = replace(random_errors(1), noise={}, across=None)
+    errors = replace(random_errors(1), noise={}, across={})
     shallow, skip, unguided = errors.shallow, errors.skip, errors.unguided
     expected = {
         "FSSFKKS": shallow[0, 1] + shallow[0, 2] + skip[3, 1] + skip[3, 2] + shallow[3, 3],

@@ -310,6 +310,18 @@ def test_a_half_of_the_corrections_can_be_left_out(cache, quantisation):
         np.testing.assert_array_equal(getattr(bare, name), getattr(table(), name))
 
 
+def test_what_is_like_noise_is_a_share_of_each_mode_and_more_of_the_last_step():
+    across, whole = table().reuse_errors().across, table().noise_influence ** 2
+    shares = {
+        mode: across[mode] * table().reuse_influence ** 2 / np.where(whole, whole, 1)
+        for mode in Mode
+    }
+    for mode, share in zip(Mode, (0, 0.3, 0.6, 3, 3), strict=True):
+        np.testing.assert_allclose(shares[mode][:-1], share)
+        assert shares[mode][-1] == pytest.approx(max(2, share))
+    assert table().reuse_errors("feature_l1").across == {}
+
+
 def test_only_our_objective_knows_what_forecasts_cost():
     ours, papers = table().reuse_errors(), table().reuse_errors("feature_l1")
     for name, found in (("noise_pred", ours.shallow), ("skip", ours.skip)):
@@ -318,9 +330,6 @@ def test_only_our_objective_knows_what_forecasts_cost():
             more = max(0, getattr(table(), name)[anchor, gap] - table().noise_pred[step, 0])
             moved = np.sqrt(more) * table().reuse_influence[step]
             assert found[anchor, gap] == pytest.approx(moved)
-    np.testing.assert_allclose(
-        ours.across * table().reuse_influence ** 2, 0.5 * table().noise_influence ** 2
-    )
     # of two branches' noise the prompt's is new, what both differed by goes on
     anchor, gap, scale = 1, 2, table().guidance_scale
     share = (2 * (scale - 1) ** 2 + 1) / (scale**2 + (scale - 1) ** 2)
