@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from apps.pictures import check_writable, write_png
 from cq_edge import __version__
+from cq_edge.reuse_table import RUN_COLUMNS
 from runtime.conditions import library
 from runtime.draw import Method
 
@@ -78,6 +79,6 @@ def _name(method: Method) -> str:
     }
     digest = hashlib.sha256(json.dumps(told).encode())
     if method.table is not None:
-        for column in fields(method.table):
-            digest.update(np.asarray(getattr(method.table, column.name)).tobytes())
+        for column in RUN_COLUMNS:
+            digest.update(np.asarray(getattr(method.table, column)).tobytes())
     return digest.hexdigest()[:16]

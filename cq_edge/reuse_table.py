@@ -27,6 +27,8 @@ _ERRORS = (*OBJECTIVES, "skip", "unguided")
 _INFLUENCES = ("noise_influence", "reuse_influence")
 _CORRECTIONS = ("gain", "bias", "output_gain", "output_bias")
 _WEIGHTS = ("feature_weight", "skip_weight", "unguided_weight")
+RUN_COLUMNS = (*_CORRECTIONS, *_WEIGHTS)
+"""What a plan is run with; from the others it is made."""
 _ACROSS = {
     Mode.FULL: 0.0,
     Mode.SHALLOW: 0.3,
