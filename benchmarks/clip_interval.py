@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -84,13 +84,14 @@ def main() -> None:
     args = parser.parse_args()
     plan = _plan(args.evaluation)
     bundle = open_bundle(args.bundle)
-    captions = [s.caption() for s in islice(scenes(SCENES_SEED, held_out=True), args.captions)]
+    world = islice(scenes(SCENES_SEED, held_out=True), args.captions)
+    captions = (scene.caption() for scene in world)
     until, found = monotonic() + args.at_most_s, []
     context = multiprocessing.get_context("spawn")
     started = (args.bundle, args.reference, plan, args.exported)
     with context.Pool(args.processes, _start, started) as pool:
         chunks = _float32(bundle, captions, torch.device(args.device), args.batch)
-        with closing(tqdm(total=len(captions), unit="caption")) as bar:
+        with closing(tqdm(total=args.captions, unit="caption")) as bar:
             for part in pool.imap(_compare, chunks):
                 found.append(part)
                 bar.update(len(part.ours))
@@ -110,7 +111,7 @@ def _plan(evaluation: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _float32(
-    bundle: Bundle, captions: list[str], device: torch.device, batch: int
+    bundle: Bundle, captions: Iterator[str], device: torch.device, batch: int
 ) -> Iterator[_Chunk]:
     """Yields the demo model's own pictures of the captions, every step full."""
     torch.backends.cudnn.allow_tf32 = False  # which rounds to 11 bits
@@ -121,10 +122,12 @@ def _float32(
         defaults.noise_scheduler, defaults.steps, bundle.manifest.noise_schedule
     )
     (tokenizer,) = bundle.tokenizers()
-    for first in range(0, len(captions), batch):
-        seeds = range(first, min(first + batch, len(captions)))
-        texts = [*[""] * len(seeds), *(captions[seed] for seed in seeds)]
-        ids = np.concatenate([tokenizer.encode(text)[0] for text in texts])
+    for first in count(0, batch):
+        told = list(islice(captions, batch))
+        if not told:
+            return
+        seeds = range(first, first + len(told))
+        ids = np.concatenate([tokenizer.encode(text)[0] for text in [""] * len(told) + told])
         embeddings = pipeline.text_encoder(torch.from_numpy(ids).to(device))[0]
         shape = (size.channels, size.height, size.width)
         starts = [initial_latents(shape, s, noise_scheduler.init_noise_sigma) for s in seeds]
@@ -137,10 +140,9 @@ def _float32(
             latents, history = noise_scheduler.advance(latents, guided, step, history)
         levels = (decode(latents) * 255).round().to(torch.uint8)
         pictures = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        for start in range(0, len(seeds), _CHUNK):
-            part = seeds[start : start + _CHUNK]
-            own = captions[part.start : part.stop]
-            yield _Chunk(part.start, own, pictures[start : start + _CHUNK])
+        for start in range(0, len(told), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            yield _Chunk(first + start, told[part], pictures[part])
 
 
 class _Process:
