@@ -22,7 +22,7 @@ from apps.quiet import quiet_toolchains
 from cq_edge.cache_schedule import CacheSchedule, paper_segment_bounds, plan_full_steps
 from cq_edge.errors import UsageError
 from cq_edge.latency import DeviceProfile
-from cq_edge.metrics import mean_interval, psnr_db, ssim
+from cq_edge.metrics import finite_psnr_db, mean_interval, ssim
 from cq_edge.noise_scheduler import make_noise_scheduler
 from cq_edge.planner import Plan, plan_frontier
 from cq_edge.reuse_table import ReuseTable
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         scorer = Scorer.load(args.scorer or DEMO_SCORER)
     kept = None if args.keep is None else KeptPictures(args.keep)
     bundles = [open_bundle(folder) for folder in (args.reference, args.bundle)]
-    _require_same_model(*bundles)
+    require_same_model(*bundles)
     # both before either loads a graph: graphs keep the thread pool they were loaded with
     engines = [engine_for(bundle, args.threads) for bundle in bundles]
     profiles = _profiles(bundles, engines)
@@ -194,7 +194,12 @@ def _side(bundle: Bundle, engine: Engine, profile: DeviceProfile) -> Side:
     return Side(bundle, profile, tables, plan_frontier(tables, profile, 2), make)
 
 
-def _require_same_model(reference: Bundle, ours: Bundle) -> None:
+def require_same_model(reference: Bundle, ours: Bundle) -> None:
+    """Refuses a reference that is quantised, or of another model than ours.
+
+    Raises:
+        UsageError: It is.
+    """
     if reference.manifest.conditions.get("quantization") != "none":
         raise UsageError(
             f"{reference.folder} is quantised: a reference is built with --quantization none"
@@ -390,8 +395,6 @@ def _row(
     scores = scorer.clip_scores(pictures, captions)
     deltas = scores - reference_scores
     pairs = list(zip(reference.pictures, variant.pictures, strict=True))
-    # an equal picture has no finite PSNR: it counts as one level off in a single value
-    highest = 10 * np.log10(255.0**2 * pictures[0].size)
     accuracy = None if world is None else scorer.attribute_accuracy(pictures, world)["all"]
     return {
         "name": variant.name,
@@ -402,7 +405,7 @@ def _row(
         "clip_delta": float(deltas.mean()),
         "clip_delta_ci": mean_interval(deltas),
         "attribute_accuracy": accuracy,
-        "psnr_db": float(np.mean([min(psnr_db(a, b), highest) for a, b in pairs])),
+        "psnr_db": float(np.mean([finite_psnr_db(a, b) for a, b in pairs])),
         "ssim": float(np.mean([ssim(a, b) for a, b in pairs])),
         "plan": {
             "noise_scheduler": variant.method.noise_scheduler

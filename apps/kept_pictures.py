@@ -19,8 +19,8 @@ class KeptPictures:
     """A folder of PNG files, those of one method in a folder below it.
 
     A method's folder is named after what its pictures follow from: graphs and prompts' words,
-    noise schedule, steps and their modes, corrections, the versions of cq-edge and of the engine.
-    What was drawn in another way is never taken for it.
+    noise schedule, steps and their modes, corrections and forecasts, the versions of cq-edge and of
+    the engine. What was drawn in another way is never taken for it.
     """
 
     def __init__(self, folder: Path) -> None:

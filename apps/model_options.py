@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+DEMO_NAME = "cq-edge demo model"
+"""Of the bundles of the built-in model."""
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares MODEL and the options that change it."""
     add = parser.add_argument
@@ -50,7 +54,7 @@ def load_model(args: argparse.Namespace, *, narrow: bool = False) -> "DiffusionP
 def model_name(args: argparse.Namespace) -> str:
     """Returns what to call the model, for people."""
     if args.model is None:
-        return "cq-edge demo model"
+        return DEMO_NAME
     return Path(args.model).name.removesuffix(".safetensors")
 
 

@@ -28,9 +28,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from apps.engines import engine_for
-from apps.evaluate import SCENES_SEED
+from apps.evaluate import SCENES_SEED, require_same_model
+from apps.model_options import DEMO_NAME
 from cq_edge.cache_schedule import CacheSchedule
-from cq_edge.metrics import mean_interval, psnr_db
+from cq_edge.errors import UsageError
+from cq_edge.metrics import finite_psnr_db, mean_interval
 from cq_edge.model.graphs import DecodeGraph
 from cq_edge.model.load import load_pipeline
 from cq_edge.model.scorer import Scorer
@@ -82,13 +84,19 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the result for programs")
     args = parser.parse_args()
-    plan = _plan(args.evaluation)
-    bundle = open_bundle(args.bundle)
+    plan, bundle = _plan(args.evaluation), open_bundle(args.bundle)
+    if bundle.manifest.name != DEMO_NAME:
+        raise UsageError(
+            f"{args.bundle} is of {bundle.manifest.name}: only the demo model is drawn"
+        )
+    if args.reference is not None:
+        require_same_model(open_bundle(args.reference), bundle)
     world = islice(scenes(SCENES_SEED, held_out=True), args.captions)
     captions = (scene.caption() for scene in world)
     until, found = monotonic() + args.at_most_s, []
     context = multiprocessing.get_context("spawn")
     started = (args.bundle, args.reference, plan, args.exported)
+    _Process(*started)  # says here what is missing: a pool would start it again and again
     with context.Pool(args.processes, _start, started) as pool:
         chunks = _float32(bundle, captions, torch.device(args.device), args.batch)
         with closing(tqdm(total=args.captions, unit="caption")) as bar:
@@ -171,8 +179,10 @@ class _Process:
         return _Found(
             self._scorer.clip_scores(chunk.pictures, chunk.captions),
             self._scorer.clip_scores(np.stack(ours), chunk.captions),
-            np.array([psnr_db(*pair) for pair in zip(chunk.pictures, ours, strict=True)]),
-            np.array([psnr_db(*pair) for pair in zip(chunk.pictures, exported, strict=False)]),
+            np.array([finite_psnr_db(*pair) for pair in zip(chunk.pictures, ours, strict=True)]),
+            np.array(
+                [finite_psnr_db(*pair) for pair in zip(chunk.pictures, exported, strict=False)]
+            ),
         )
 
 
@@ -209,13 +219,11 @@ def _result(found: list[_Found]) -> dict[str, Any]:
         "clip_delta_ci": mean_interval(deltas),
         "clip_delta_sd": float(deltas.std()),
         "psnr_db": float(np.concatenate([part.psnr_db for part in found]).mean()),
-        "exported_float32": {"captions": len(exported), "least_psnr_db": _least(exported)},
+        "exported_float32": {
+            "captions": len(exported),
+            "least_psnr_db": float(exported.min()) if len(exported) else None,
+        },
     }
-
-
-def _least(psnr: NDArray[np.float64]) -> float | None:
-    """Returns the least; None where all pictures were equal, or there were none."""
-    return float(psnr.min()) if np.isfinite(psnr).any() else None
 
 
 def _conditions(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
@@ -223,6 +231,8 @@ def _conditions(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     return {
         "bundle": str(args.bundle),
         "float32": f"the model in torch {torch.__version__} on {device}",
+        **bundle.manifest.conditions,
+        "guidance_scale": bundle.manifest.defaults.guidance_scale,
         "engine": library(bundle.manifest.graph("denoise").backend),
         "processes": args.processes,
         "confidence": "95 %, paired bootstrap",

@@ -26,6 +26,11 @@ def psnr_db(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
     return -10 * math.log10(mean_square) if mean_square else math.inf
 
 
+def finite_psnr_db(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    """Returns the PSNR of two pictures; equal ones count as one level off in a single value."""
+    return min(psnr_db(a, b), 10 * math.log10(255.0**2 * a.size))
+
+
 def ssim(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
     """Returns the structural similarity of two pictures: 1 if equal, about 0 if unrelated.
 

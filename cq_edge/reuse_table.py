@@ -28,7 +28,7 @@ _INFLUENCES = ("noise_influence", "reuse_influence")
 _CORRECTIONS = ("gain", "bias", "output_gain", "output_bias")
 _WEIGHTS = ("feature_weight", "skip_weight", "unguided_weight")
 RUN_COLUMNS = (*_CORRECTIONS, *_WEIGHTS)
-"""What a plan is run with; from the others it is made."""
+"""What changes the pictures of a given plan; the others only choose plans."""
 _ACROSS = {
     Mode.FULL: 0.0,
     Mode.SHALLOW: 0.3,
@@ -36,12 +36,12 @@ _ACROSS = {
     Mode.FULL_UNGUIDED: 3.0,
     Mode.SHALLOW_UNGUIDED: 3.0,
 }
-"""By mode, the share of what reuse adds to a step's mean squared error that is as unlike other
-steps' as noise is. Above 1 where it points the way of the noise that the step repeats, whose power
-it then adds to more than once."""
+"""By mode of a step, how much of the mean squared error that reuse adds to it counts as noise,
+whatever the error comes from. Above 1 it stands for an error that points the way of the noise that
+the step repeats."""
 _ACROSS_LAST = 2.0
-"""The least likewise of the last step, which nothing mends. All fitted, with what calibration tries
-of plans, to plans of the demo model."""
+"""The least of the last step, likewise. All fitted, with what calibration tries of plans, to plans
+of the demo model."""
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
@@ -273,9 +273,9 @@ class ReuseTable:
         """Of each mode (T,): what the square of such a movement adds to the noise."""
         noise, reuse = self.noise_influence**2, self.reuse_influence**2
         whole = np.divide(noise, reuse, out=np.zeros_like(noise), where=reuse > 0)
-        found = {mode: share * whole for mode, share in _ACROSS.items()}
-        for mode, share in _ACROSS.items():
-            found[mode][-1] = max(share, _ACROSS_LAST) * whole[-1]
+        found = {mode: factor * whole for mode, factor in _ACROSS.items()}
+        for mode, factor in _ACROSS.items():
+            found[mode][-1] = max(factor, _ACROSS_LAST) * whole[-1]
         return found
 
     @property

@@ -167,11 +167,14 @@ def test_pictures_that_follow_from_something_else_are_not_taken(home):
     assert kept.find(own, "a cat", 6) is None
     for change in (
         {"table": table.without_corrections()},
+        {"table": replace(table, skip_weight=0.5 * table.skip_weight)},
         {"schedule": CacheSchedule.uniform(10, 2)},
         {"noise_scheduler": "dpmsolver++"},
         {"steps": 9},
     ):
         assert kept.find(replace(own, **change), "a cat", 5) is None
+    planned_anew = replace(table, base_error=1.0, noise_influence=2 * table.noise_influence)
+    assert kept.find(replace(own, table=planned_anew), "a cat", 5) is not None
     other = replace(bundle.manifest, noise_schedule=NoiseScheduleConfig(beta_start=0.001))
     assert kept.find(replace(own, bundle=replace(bundle, manifest=other)), "a cat", 5) is None
     write_bundle(home / "other", graphs_pte=b"other graphs")

@@ -310,7 +310,7 @@ def test_a_half_of_the_corrections_can_be_left_out(cache, quantisation):
         np.testing.assert_array_equal(getattr(bare, name), getattr(table(), name))
 
 
-def test_what_is_like_noise_is_a_share_of_each_mode_and_more_of_the_last_step():
+def test_how_much_of_reuse_counts_as_noise_depends_on_the_mode_and_is_more_of_the_last_step():
     across, whole = table().reuse_errors().across, table().noise_influence ** 2
     shares = {
         mode: across[mode] * table().reuse_influence ** 2 / np.where(whole, whole, 1)
