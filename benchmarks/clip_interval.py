@@ -130,19 +130,25 @@ def _float32(
         defaults.noise_scheduler, defaults.steps, bundle.manifest.noise_schedule
     )
     (tokenizer,) = bundle.tokenizers()
+
+    def embeddings(texts: list[str]) -> torch.Tensor:
+        ids = np.concatenate([tokenizer.encode(text)[0] for text in texts])
+        hidden: torch.Tensor = pipeline.text_encoder(torch.from_numpy(ids).to(device))[0]
+        return hidden
+
+    nothing = embeddings([""])
     for first in count(0, batch):
         told = list(islice(captions, batch))
         if not told:
             return
         seeds = range(first, first + len(told))
-        ids = np.concatenate([tokenizer.encode(text)[0] for text in [""] * len(told) + told])
-        embeddings = pipeline.text_encoder(torch.from_numpy(ids).to(device))[0]
+        both = torch.cat([nothing.expand(len(told), -1, -1), embeddings(told)])
         shape = (size.channels, size.height, size.width)
         starts = [initial_latents(shape, s, noise_scheduler.init_noise_sigma) for s in seeds]
         latents, history = torch.from_numpy(np.concatenate(starts)).to(device), ()
         for step, timestep in enumerate(noise_scheduler.timesteps):
             seen = noise_scheduler.model_input(latents, step).repeat(2, 1, 1, 1)
-            predicted = pipeline.unet(seen, float(timestep), encoder_hidden_states=embeddings)
+            predicted = pipeline.unet(seen, float(timestep), encoder_hidden_states=both)
             negative, prompt = predicted.sample.chunk(2)
             guided = negative + defaults.guidance_scale * (prompt - negative)
             latents, history = noise_scheduler.advance(latents, guided, step, history)

@@ -27,7 +27,12 @@ def psnr_db(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
 
 
 def finite_psnr_db(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Returns the PSNR of two pictures; equal ones count as one level off in a single value."""
+    """Returns the PSNR in dB of two uint8 pictures of one shape: equal ones, not infinite, count as
+    one level off in a single value.
+
+    Raises:
+        UsageError: Shapes differ.
+    """
     return min(psnr_db(a, b), 10 * math.log10(255.0**2 * a.size))
 
 

@@ -273,10 +273,11 @@ class ReuseTable:
         """Of each mode (T,): what the square of such a movement adds to the noise."""
         noise, reuse = self.noise_influence**2, self.reuse_influence**2
         whole = np.divide(noise, reuse, out=np.zeros_like(noise), where=reuse > 0)
-        found = {mode: factor * whole for mode, factor in _ACROSS.items()}
-        for mode, factor in _ACROSS.items():
-            found[mode][-1] = max(factor, _ACROSS_LAST) * whole[-1]
-        return found
+        earlier, last = whole[:-1], whole[-1:]
+        return {
+            mode: np.concatenate([factor * earlier, max(factor, _ACROSS_LAST) * last])
+            for mode, factor in _ACROSS.items()
+        }
 
     @property
     def _own(self) -> NDArray[np.float64]:
