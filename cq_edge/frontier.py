@@ -40,7 +40,12 @@ class ErrorParts(NamedTuple):
         return max(0.0, self.reuse**2 + self.noise)
 
 
-_Moves: TypeAlias = dict[Mode, tuple[_State, ErrorParts]]
+class _Move(NamedTuple):
+    """A way on from a state: the next one, and what each step of a loop would add, by step."""
+
+    after: _State
+    reuse: Sequence[float]
+    noise: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +71,7 @@ class ReuseErrors:
     unguided: NDArray[np.float64]
     noise: Mapping[Mode, NDArray[np.float64]] = field(default_factory=dict)
     across: Mapping[Mode, NDArray[np.float64]] = field(default_factory=dict)
-    _found: dict[tuple[int, _State], _Moves] = field(default_factory=dict, init=False, repr=False)
+    _found: dict[_State, dict[Mode, _Move]] = field(default_factory=dict, init=False, repr=False)
 
     def parts(self, schedule: CacheSchedule) -> ErrorParts:
         """Returns the errors of a schedule's steps, added up.
@@ -81,15 +86,15 @@ class ReuseErrors:
             )
         state, found = _State(), self._first
         for step, mode in enumerate(schedule.modes[1:], start=1):
-            moves = self._moves(step, state)
+            moves = self._moves(state)
             if mode not in moves:
                 allowed = " or ".join(moves)
                 raise ScheduleError(
                     f"step {step} of {schedule.to_string()} is {mode}, but what it would build on "
                     f"is further back than was measured: make it {allowed}"
                 )
-            state, added = moves[mode]
-            found = ErrorParts(found.reuse + added.reuse, found.noise + added.noise)
+            state, reuse, noise = moves[mode]
+            found = ErrorParts(found.reuse + reuse[step], found.noise + noise[step])
         return found
 
     def total(self, schedule: CacheSchedule) -> float:
@@ -103,32 +108,35 @@ class ReuseErrors:
     @property
     def _first(self) -> ErrorParts:
         """Of the first step, which is full."""
-        return ErrorParts(0.0, self._noise(Mode.FULL, 0, 0))
+        return ErrorParts(0.0, float(self.noise[Mode.FULL][0, 0]) if self.noise else 0.0)
 
-    def _noise(self, mode: Mode, step: int, back: int) -> float:
-        return float(self.noise[mode][step, back]) if self.noise else 0.0
-
-    def _moves(self, step: int, state: _State) -> _Moves:
-        """Returns what a step may be after a state: by mode the next state and what it adds."""
-        if (step, state) not in self._found:
+    def _moves(self, state: _State) -> dict[Mode, _Move]:
+        """Returns what a step may be after a state."""
+        if state not in self._found:
             # the noise that goes on is of the last full step, or of the last that was guided
             back = state.gap + 1 if state.guided_anchor else state.unguided + 1
             moves = {}
-            for mode, after, reuse in self._reusing(step, state):
-                across = float(self.across[mode][step]) if self.across else 0.0
-                noise = self._noise(mode, step, back) + across * reuse**2
-                moves[mode] = after, ErrorParts(reuse, noise)
-            self._found[step, state] = moves
-        return self._found[step, state]
+            for mode, after, reuse in self._reusing(state):
+                noise = np.zeros(len(reuse))
+                if self.noise:
+                    noise += self.noise[mode][:, min(back, len(reuse) - 1)]
+                if self.across:
+                    noise += self.across[mode] * reuse**2
+                moves[mode] = _Move(after, reuse.tolist(), noise.tolist())
+            self._found[state] = moves
+        return self._found[state]
 
-    def _reusing(self, step: int, state: _State) -> Iterator[tuple[Mode, _State, float]]:
-        """Yields a step's modes with the next state and the amplitude that reuse adds."""
+    def _reusing(self, state: _State) -> Iterator[tuple[Mode, _State, NDArray[np.float64]]]:
+        """Yields a step's modes with the next state and the (T,) amplitudes that reuse adds."""
         gap, skipped, unguided = state.gap + 1, state.skipped + 1, state.unguided + 1
-        yield Mode.FULL, _State(), 0.0
-        reusable = gap < self.shallow.shape[1]
-        shallow = float(self.shallow[step - gap, gap]) if reusable else np.inf
-        forecastable = unguided < self.unguided.shape[1]
-        difference = float(self.unguided[step - unguided, unguided]) if forecastable else np.inf
+        nothing = np.zeros(len(self.shallow))
+        yield Mode.FULL, _State(), nothing
+        shallow, reusable = nothing, gap < self.shallow.shape[1]
+        if reusable:
+            shallow = _by_step(self.shallow, gap)
+        difference, forecastable = nothing, unguided < self.unguided.shape[1]
+        if forecastable:
+            difference = _by_step(self.unguided, unguided)
         if reusable and state.guided_anchor:
             yield Mode.SHALLOW, _State(gap), shallow
         if forecastable:
@@ -137,10 +145,11 @@ class ReuseErrors:
                 after = _State(gap, state.guided_anchor, 0, unguided)
                 yield Mode.SHALLOW_UNGUIDED, after, shallow + difference
         # what the step that a forecast builds on did not compute goes on to be wrong in it
-        carried = (shallow if gap > skipped else 0.0) + (difference if unguided > skipped else 0.0)
-        if skipped < self.skip.shape[1] and carried < np.inf:
-            error = float(self.skip[step - skipped, skipped]) + carried
-            yield Mode.SKIP, self._far(gap, state.guided_anchor, skipped, unguided), error
+        known = (reusable or gap == skipped) and (forecastable or unguided == skipped)
+        if known and skipped < self.skip.shape[1]:
+            carried = shallow * (gap > skipped) + difference * (unguided > skipped)
+            after = self._far(gap, state.guided_anchor, skipped, unguided)
+            yield Mode.SKIP, after, _by_step(self.skip, skipped) + carried
 
     def _far(self, gap: int, guided_anchor: bool, skipped: int, unguided: int) -> _State:
         """Returns the state with all that is too far back to be used made alike."""
@@ -150,25 +159,38 @@ class ReuseErrors:
         return _State(gap, guided_anchor, skipped, unguided)
 
 
+def _by_step(errors: NDArray[np.float64], back: int) -> NDArray[np.float64]:
+    """Returns (T,) what each step errs by that builds on the one so far back; 0 of the first."""
+    return np.concatenate([np.zeros(back), errors[: len(errors) - back, back]])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Labels:
     """The plans up to a step that end in one state and that none of them beats, fastest first.
 
-    They were chosen among `parents`, (state before, mode) pairs whose labels stood one after the
-    other: `chosen` are places in that row, `starts` where each parent's begin.
+    `more_ns` and `more_error` are still to be added to all of `ns` and `error`: most states have
+    one way in, with nothing to choose. They were chosen among `parents`, (state before, mode)
+    pairs whose labels stood one after the other: `chosen` are places in that row, `starts` where
+    each parent's begin.
     """
 
     ns: NDArray[np.int64]
     error: NDArray[np.float64]
-    parents: Sequence[tuple[_State, Mode]]
-    starts: Sequence[int]
-    chosen: NDArray[np.int64]
+    more_ns: int = 0
+    more_error: float = 0.0
+    parents: Sequence[tuple[_State, Mode]] = ()
+    starts: Sequence[int] = (0,)
+    chosen: NDArray[np.int64] | None = None  # None where there was nothing to choose
 
     def parent(self, label: int) -> tuple[_State, Mode, int]:
         """Returns the state that a label came from, by which mode, and from which label there."""
-        place = int(self.chosen[label])
+        place = label if self.chosen is None else int(self.chosen[label])
         index = bisect_right(self.starts, place) - 1
         return *self.parents[index], place - self.starts[index]
+
+
+_Part: TypeAlias = tuple[tuple[_State, Mode], _Labels, int, float]
+"""A state before and the mode after it, its labels, and what all of those have more by then."""
 
 
 def search_plans(
@@ -216,42 +238,43 @@ def search_frontier(
     """
     ns = {mode: round(taken * _NS_PER_MS) for mode, taken in mode_ms.items()}
     start = np.array([errors._first.noise])
-    first = _Labels(np.array([ns[Mode.FULL]]), start, (), (), np.zeros(1, np.int64))
-    layers = [{_State(): first}]
+    layers = [{_State(): _Labels(np.array([ns[Mode.FULL]]), start)}]
     for step in range(1, len(errors.shallow)):
         found = defaultdict(list)
         for state, labels in layers[-1].items():
-            for mode, (after, added) in errors._moves(step, state).items():
-                error = labels.error + (weight * added.reuse + added.noise)
-                found[after].append((state, mode, labels.ns + ns[mode], error))
+            for mode, (after, reuse, noise) in errors._moves(state).items():
+                error = labels.more_error + weight * reuse[step] + noise[step]
+                found[after].append(((state, mode), labels, labels.more_ns + ns[mode], error))
         layers.append({after: _undominated(parts) for after, parts in found.items()})
-    ends = [(state, Mode.FULL, labels.ns, labels.error) for state, labels in layers[-1].items()]
-    best = _undominated(ends)
+    ends = layers[-1].items()
+    best = _undominated(
+        [((state, Mode.FULL), labels, labels.more_ns, labels.more_error) for state, labels in ends]
+    )
     return [
-        (_traced(layers, best.parent(label)), float(error))
+        (_traced(layers, best.parent(label)), float(error) + best.more_error)
         for label, error in enumerate(best.error)
     ]
 
 
-def _undominated(
-    parts: Sequence[tuple[_State, Mode, NDArray[np.int64], NDArray[np.float64]]],
-) -> _Labels:
+def _undominated(parts: Sequence[_Part]) -> _Labels:
     """Returns the labels of all parts that are faster or better than every other."""
-    pairs = [(state, mode) for state, mode, *_ in parts]
-    if len(parts) == 1:  # as most states, with one way in
-        _, _, ns, error = parts[0]
-        return _Labels(ns, error, pairs, (0,), np.arange(len(ns)))
-    ns = np.concatenate([part[2] for part in parts])
-    error = np.concatenate([part[3] for part in parts])
+    parents = [part[0] for part in parts]
+    if len(parts) == 1:
+        _, labels, more_ns, more_error = parts[0]
+        return _Labels(labels.ns, labels.error, more_ns, more_error, parents)
+    ns = np.concatenate([labels.ns + more for _, labels, more, _ in parts])
+    error = np.concatenate([labels.error + more for _, labels, _, more in parts])
     order = ns.argsort(kind="stable")  # merges runs, which the parts are
-    ns, error = ns[order], error[order]
+    ns, error = ns.take(order), error.take(order)
     better = np.ones(len(ns), bool)
     np.less(error[1:], np.minimum.accumulate(error)[:-1], out=better[1:])
-    ns, error, order = ns[better], error[better], order[better]
-    last = np.ones(len(ns), bool)  # of equally fast ones the best
-    np.greater(ns[1:], ns[:-1], out=last[:-1])
-    starts = [0, *accumulate(len(part[2]) for part in parts)]
-    return _Labels(ns[last], error[last], pairs, starts, order[last])
+    best = better.nonzero()[0]
+    fastest = ns.take(best)
+    last = np.ones(len(best), bool)  # of equally fast ones the best
+    np.greater(fastest[1:], fastest[:-1], out=last[:-1])
+    best = best[last]
+    starts = [0, *accumulate(len(labels.ns) for _, labels, *_ in parts)]
+    return _Labels(ns.take(best), error.take(best), 0, 0.0, parents, starts, order.take(best))
 
 
 def _traced(
