@@ -191,7 +191,8 @@ def _side(bundle: Bundle, engine: Engine, profile: DeviceProfile) -> Side:
         return Method(bundle, engine, steps, schedule, table)
 
     tables = bundle.reuse_tables()
-    return Side(bundle, profile, tables, plan_frontier(tables, profile, 2), make)
+    frontier = plan_frontier(tables, profile, 2, bundle.manifest.noise_schedule)
+    return Side(bundle, profile, tables, frontier, make)
 
 
 def require_same_model(reference: Bundle, ours: Bundle) -> None:

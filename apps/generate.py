@@ -241,7 +241,8 @@ def _within_budget(
     if profile is None:
         profile = measure_graphs(engine, bundle, at_most_s=_MEASURE_S)
     branches = bundle.manifest.branches(recipe.guidance_scale)
-    frontier = plan_frontier(recipe.choices, profile, branches)
+    noise_schedule = bundle.manifest.noise_schedule
+    frontier = plan_frontier(recipe.choices, profile, branches, noise_schedule)
     spent_ms = (perf_counter() - start) * 1e3
     try:
         plan = best_within_ms(frontier, budget_ms - spent_ms / pictures)
@@ -251,7 +252,7 @@ def _within_budget(
             f"{spent_ms / pictures:.0f} a picture, and {error}"
         ) from error
     noise_scheduler = make_noise_scheduler(
-        plan.table.noise_scheduler, plan.table.steps, bundle.manifest.noise_schedule
+        plan.table.noise_scheduler, plan.table.steps, noise_schedule
     )
     return replace(
         recipe,

@@ -9,7 +9,7 @@ from apps.device_profile import load_profile
 from apps.engines import engine_for
 from apps.predicted import DEVICE_HELP, DeviceAction, predicted_profile, predictions, report
 from cq_edge.latency import DeviceProfile
-from cq_edge.noise_scheduler import NAMES
+from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig
 from cq_edge.planner import (
     Plan,
     best_at_speedup,
@@ -75,8 +75,9 @@ def run(args: argparse.Namespace) -> int:
     tables = bundle.reuse_tables(args.scheduler, args.steps)
     profile = _predicted(args, bundle) if args.device else _profile(args, bundle)
     branches = bundle.manifest.branches(tables[0].guidance_scale)
-    frontier = plan_frontier(tables, profile, branches, args.objective)
-    plan = _choose(args, tables[0], frontier, profile, branches)
+    noise_schedule = bundle.manifest.noise_schedule
+    frontier = plan_frontier(tables, profile, branches, noise_schedule, args.objective)
+    plan = _choose(args, tables[0], frontier, profile, branches, noise_schedule)
     if args.json:
         print(json.dumps(_as_json(args, plan, frontier, profile)))
     else:
@@ -110,12 +111,14 @@ def _choose(
     frontier: Sequence[Plan],
     profile: DeviceProfile,
     branches: int,
+    noise_schedule: NoiseScheduleConfig,
 ) -> Plan:
     if args.budget_ms is not None:
         return best_within_ms(frontier, args.budget_ms)
     if args.speedup is not None:
         return best_at_speedup(frontier, args.speedup)
-    return plan_with_full_steps(table, args.full_steps, profile, branches, args.objective)
+    full_steps, objective = args.full_steps, args.objective
+    return plan_with_full_steps(table, full_steps, profile, branches, noise_schedule, objective)
 
 
 def _as_json(

@@ -41,7 +41,8 @@ def main() -> None:
     args = parser.parse_args()
     bundle = open_bundle(args.bundle)
     profile = _measure(args, bundle)
-    frontier = plan_frontier(bundle.reuse_tables(), profile, 2)
+    noise_schedule = bundle.manifest.noise_schedule
+    frontier = plan_frontier(bundle.reuse_tables(), profile, 2, noise_schedule)
     times = sorted(plan.picture_ms for plan in frontier)
     budgets = np.geomspace(1.1 * times[0], times[-1], _BUDGETS).tolist()
     plans = [best_within_ms(frontier, budget_ms) for budget_ms in budgets]

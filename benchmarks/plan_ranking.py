@@ -9,6 +9,7 @@ and compares the final latents with those of the float32 graphs with every step 
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from apps.engines import engine_for
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.metrics import spearman_rho
+from cq_edge.planner import predicted_errors
 from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
@@ -81,13 +83,14 @@ def main() -> None:
     measured = _measure(reference, bundle, args.threads, table, plans, captions)
     half = len(reusing)
     panels = [
-        _Panel("full and shallow", name, _predicted(table, name, reusing), measured[:half])
+        _Panel("full and shallow", name, _predicted(bundle, table, name, reusing), measured[:half])
         for name in OBJECTIVES
     ]
-    skipping = _predicted(table, OBJECTIVES[0], plans[half:])
+    skipping = _predicted(bundle, table, OBJECTIVES[0], plans[half:])
     panels.append(_Panel("full, shallow and skip", OBJECTIVES[0], skipping, measured[half:]))
     counts = np.array([plan.counts["full"] for plan in reusing])
     _plot(panels, counts, args.docs / "plan_ranking.png")
+    _save(plans, [*panels[0].predicted, *panels[-1].predicted], measured, args.docs)
     text = _table(panels, counts, args.captions, bundle)
     (args.docs / "plan_ranking.md").write_text(text, encoding="utf-8")
     print(text)
@@ -116,10 +119,10 @@ def with_skips(rng: np.random.Generator, plan: CacheSchedule, table: ReuseTable)
 
 
 def _predicted(
-    table: ReuseTable, objective: str, plans: Sequence[CacheSchedule]
+    bundle: Bundle, table: ReuseTable, objective: str, plans: Sequence[CacheSchedule]
 ) -> NDArray[np.float64]:
-    errors = table.reuse_errors(objective)
-    return np.array([errors.total(plan) for plan in plans])
+    schedule = bundle.manifest.noise_schedule
+    return np.array(predicted_errors(table, schedule, plans, objective))
 
 
 def _measure(
@@ -168,6 +171,21 @@ def _table(
         "![Predicted against measured error](plan_ranking.png)",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _save(
+    plans: Sequence[CacheSchedule],
+    predicted: Sequence[float],
+    measured: NDArray[np.float64],
+    docs: Path,
+) -> None:
+    """Writes what was measured, for whoever fits a prediction to it."""
+    rows = [
+        {"modes": plan.to_string(), "predicted": float(error), "measured": found.tolist()}
+        for plan, error, found in zip(plans, predicted, measured, strict=True)
+    ]
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    (docs / "plan_ranking.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def _plot(panels: Sequence[_Panel], counts: NDArray[np.int64], path: Path) -> None:

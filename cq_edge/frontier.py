@@ -62,8 +62,8 @@ class ReuseErrors:
         unguided: (T, U+1): forecasting what the negative prompt changes from step i, the last
             that ran it.
         noise: Of each mode (T, T), as `noise_by_mode` gives it; empty without any.
-        across: Of each mode (T,): by step, what the square of all that such a step errs by adds to
-            the noise, as far as it is like noise; empty without any.
+        across: Of each mode (T,): by step, what the square of all that reuse adds to it moves the
+            final latents by, as far as that is like noise; empty without any.
     """
 
     shallow: NDArray[np.float64]
@@ -206,13 +206,21 @@ def search_plans(
         errors: Of T steps.
         mode_ms: What a step of each mode takes.
     """
-    found = [s for weight in _weights(errors) for s, _ in search_frontier(errors, mode_ms, weight)]
+    found = candidate_plans(errors, mode_ms)
     timed = [(sum(mode_ms[mode] for mode in s.modes), errors.total(s), s) for s in found]
     best: list[tuple[CacheSchedule, float]] = []
     for _, total, schedule in sorted(timed, key=lambda plan: plan[:2]):
         if not best or total < best[-1][1]:
             best.append((schedule, total))
     return best
+
+
+def candidate_plans(
+    errors: ReuseErrors, mode_ms: Mapping[Mode, float]
+) -> tuple[CacheSchedule, ...]:
+    """Returns all schedules that `search_plans` chooses among."""
+    searched = (search_frontier(errors, mode_ms, weight) for weight in _weights(errors))
+    return tuple({schedule: None for plans in searched for schedule, _ in plans})
 
 
 def _weights(errors: ReuseErrors) -> tuple[float, ...]:

@@ -7,12 +7,13 @@ from numpy.typing import NDArray
 
 from cq_edge.noise_scheduler import NoiseScheduler
 
-_NOISE_SPREAD, _REUSE_SPREAD = 0.05, 3.0
+_NOISE_SPREAD, _REUSE_SPREAD = 0.04, 3.0
 """Standard deviation of the data in the directions that an error takes, of latents that have 1 in
 all: fresh noise lies across what pictures look like, errors of reuse along it, where few
 directions hold most of what pictures differ by."""
 _NEIGHBOURS = (0.25, 0.5, 0.25)
-_SMALL = 2.0**-30
+SMALL = 2.0**-30
+"""What to scale noise by in a loop that may clip."""
 
 
 def step_influence(
@@ -29,7 +30,7 @@ def step_influence(
     """
     total = len(noise_scheduler.timesteps)
     # a trajectory per column: an error at its own step, so small that nothing is clipped
-    predictions = _SMALL * np.eye(total)
+    predictions = SMALL * np.eye(total)
     latents, history = np.zeros(total), ()
     for step in range(total):
         prediction = predictions[step]
@@ -37,7 +38,7 @@ def step_influence(
             off = noise_scheduler.model_input(latents, step)
             prediction = prediction + off * _response(noise_scheduler, step, spread)
         latents, history = noise_scheduler.advance(latents, prediction, step, history)
-    return latents / _SMALL
+    return latents / SMALL
 
 
 def _response(noise_scheduler: NoiseScheduler, step: int, spread: float) -> float:
@@ -56,6 +57,11 @@ def noise_influence(noise_scheduler: NoiseScheduler) -> NDArray[np.float64]:
     two steps share may cancel.
     """
     return step_influence(noise_scheduler, _NOISE_SPREAD)
+
+
+def noise_response(noise_scheduler: NoiseScheduler, step: int) -> float:
+    """Returns how far a denoiser moves its prediction with noise in its input."""
+    return _response(noise_scheduler, step, _NOISE_SPREAD)
 
 
 def reuse_influence(noise_scheduler: NoiseScheduler) -> NDArray[np.float64]:

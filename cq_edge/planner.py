@@ -7,8 +7,10 @@ import numpy as np
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import UsageError
-from cq_edge.frontier import ReuseErrors, search_plans
+from cq_edge.frontier import ReuseErrors, candidate_plans, search_plans
 from cq_edge.latency import DeviceProfile
+from cq_edge.noise_scheduler import NoiseScheduleConfig, NoiseScheduler, make_noise_scheduler
+from cq_edge.plan_error import plan_errors
 from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 
 FEWEST_TO_REUSE = 5
@@ -48,9 +50,11 @@ def plan_frontier(
     tables: Sequence[ReuseTable],
     profile: DeviceProfile,
     branches: int,
+    noise_schedule: NoiseScheduleConfig,
     objective: str = OBJECTIVES[0],
 ) -> tuple[Plan, ...]:
-    """Returns the plans that no other beats in both error and time, the fastest first.
+    """Returns the plans that no other beats in both error and time, the fastest first, of those
+    that the dynamic program finds.
 
     Compares across noise schedulers and steps: fewer steps count with their base error.
 
@@ -59,16 +63,17 @@ def plan_frontier(
             paper's objective says nothing of the others, which it leaves out.
         profile: Of the device.
         branches: Runs of a graph per guided step: 2 with guidance, 1 without.
+        noise_schedule: Of the model.
         objective: The error to minimise.
     """
     mode_ms = {mode: profile.mode_ms(mode, branches) for mode in Mode}
-    compared = tables if objective == OBJECTIVES[0] else tables[:1]
     full_ms = profile.loop_ms(CacheSchedule.all_full(len(tables[0].timesteps)), branches)
-    plans = [
-        _priced(schedule, table, total, full_ms, profile, branches)
-        for table in compared
-        for schedule, total in search_plans(table.reuse_errors(objective), mode_ms)
-    ]
+    plans = []
+    for table in tables if objective == OBJECTIVES[0] else tables[:1]:
+        found = candidate_plans(table.reuse_errors(objective), mode_ms)
+        errors = predicted_errors(table, noise_schedule, found, objective)
+        for schedule, error in zip(found, errors, strict=True):
+            plans.append(_priced(schedule, table, error, full_ms, profile, branches))
     frontier: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (plan.picture_ms, plan.error)):
         if not frontier or plan.error < frontier[-1].error:
@@ -111,14 +116,15 @@ def plan_with_full_steps(
     full_steps: int,
     profile: DeviceProfile,
     branches: int,
+    noise_schedule: NoiseScheduleConfig,
     objective: str = OBJECTIVES[0],
 ) -> Plan:
     """Returns what `best_with_full_steps` does, with what it costs on a device."""
     errors = table.reuse_errors(objective)
     schedule = best_with_full_steps(errors, full_steps)
     full_ms = profile.loop_ms(CacheSchedule.all_full(len(schedule)), branches)
-    total = errors.total(schedule)
-    return _priced(schedule, table, total, full_ms, profile, branches)
+    (error,) = predicted_errors(table, noise_schedule, [schedule], objective)
+    return _priced(schedule, table, error, full_ms, profile, branches)
 
 
 def best_with_full_steps(errors: ReuseErrors, full_steps: int) -> CacheSchedule:
@@ -143,15 +149,34 @@ def best_with_full_steps(errors: ReuseErrors, full_steps: int) -> CacheSchedule:
     return fits[-1]
 
 
+def predicted_errors(
+    table: ReuseTable,
+    noise_schedule: NoiseScheduleConfig,
+    schedules: Sequence[CacheSchedule],
+    objective: str,
+) -> list[float]:
+    """Returns what schedules err by, of the paper's objective its sum, squared."""
+    if objective == OBJECTIVES[0]:
+        found: list[float] = plan_errors(
+            table, _noise_scheduler(table, noise_schedule), schedules
+        ).tolist()
+        return found
+    errors = table.reuse_errors(objective)
+    return [table.base_error + errors.total(schedule) for schedule in schedules]
+
+
+def _noise_scheduler(table: ReuseTable, noise_schedule: NoiseScheduleConfig) -> NoiseScheduler:
+    return make_noise_scheduler(table.noise_scheduler, table.steps, noise_schedule)
+
+
 def _priced(
     schedule: CacheSchedule,
     table: ReuseTable,
-    total: float,
+    error: float,
     full_ms: float,
     profile: DeviceProfile,
     branches: int,
 ) -> Plan:
-    """Returns a schedule, whose steps err by `total` together, with what it costs."""
+    """Returns a schedule with what it costs."""
     speedup = full_ms / profile.loop_ms(schedule, branches)
-    error = table.base_error + total
     return Plan(schedule, table, error, profile.picture_ms(schedule, branches), speedup)

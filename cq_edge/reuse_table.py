@@ -29,19 +29,10 @@ _CORRECTIONS = ("gain", "bias", "output_gain", "output_bias")
 _WEIGHTS = ("feature_weight", "skip_weight", "unguided_weight")
 RUN_COLUMNS = (*_CORRECTIONS, *_WEIGHTS)
 """What changes the pictures of a given plan; the others only choose plans."""
-_ACROSS = {
-    Mode.FULL: 0.0,
-    Mode.SHALLOW: 0.3,
-    Mode.SKIP: 0.6,
-    Mode.FULL_UNGUIDED: 3.0,
-    Mode.SHALLOW_UNGUIDED: 3.0,
-}
-"""By mode of a step, how much of the mean squared error that reuse adds to it counts as noise,
-whatever the error comes from. Above 1 it stands for an error that points the way of the noise that
-the step repeats."""
-_ACROSS_LAST = 2.0
-"""The least of the last step, likewise. All fitted, with what calibration tries of plans, to plans
-of the demo model."""
+_ACROSS, _ACROSS_UNGUIDED, _ACROSS_LAST = 0.3, 1.0, 4.0
+"""How much of the mean squared error that reuse adds to a step counts as noise in the sum: of a
+guided step, of an unguided one, and of the last, whose errors no later step mends. Fitted, with
+what calibration tries of plans, to plans of the demo model."""
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
@@ -134,6 +125,20 @@ class ReuseTable:
         """Channels of the layers that consume the cached feature."""
         return int(self.output_gain.shape[2])
 
+    @property
+    def own(self) -> NDArray[np.float64]:
+        """(T,): mean squared errors of full steps."""
+        return self.noise_pred[:, 0]
+
+    def added(self, name: str) -> NDArray[np.float64]:
+        """Returns what `noise_pred`, `skip` or `unguided` adds to the mean squared error that a
+        full step has, of an unguided step to the share of it that is left; 0 in column 0."""
+        squares = getattr(self, name)
+        share = unguided_share(self.guidance_scale) if name == "unguided" else 1.0
+        added: NDArray[np.float64] = np.maximum(squares - share * self.own[self._steps(squares)], 0)
+        added[:, 0] = 0  # computed, not reused
+        return added
+
     def errors(self, objective: str = OBJECTIVES[0]) -> NDArray[np.float64]:
         """Returns the (T, G+1) reuse errors that a plan is to minimise the sum of; 0 in column 0.
 
@@ -143,7 +148,7 @@ class ReuseTable:
         if objective not in OBJECTIVES:
             raise UsageError(f"objective is {objective!r}: choose {' or '.join(OBJECTIVES)}")
         if objective == OBJECTIVES[0]:
-            return self._added(self.noise_pred)
+            return self._moved("noise_pred")
         return self.feature_l1
 
     def reuse_errors(self, objective: str = OBJECTIVES[0]) -> ReuseErrors:
@@ -156,9 +161,8 @@ class ReuseTable:
         """
         shallow = self.errors(objective)
         if objective == OBJECTIVES[0]:
-            share = unguided_share(self.guidance_scale)
-            skip, unguided = self._added(self.skip), self._added(self.unguided, share)
-            noise = noise_by_mode(self._own, self.noise_influence, self.guidance_scale)
+            skip, unguided = self._moved("skip"), self._moved("unguided")
+            noise = noise_by_mode(self.own, self.noise_influence, self.guidance_scale)
             return ReuseErrors(shallow, skip, unguided, noise, self._across)
         never = np.zeros((len(shallow), 1))
         return ReuseErrors(shallow, never, never)
@@ -259,13 +263,10 @@ class ReuseTable:
         except CalibrationError as error:
             raise BundleError(f"{path} is not a reuse table: {error}") from None
 
-    def _added(self, squares: NDArray[np.float64], share: float = 1.0) -> NDArray[np.float64]:
-        """Returns (T, G+1): how far what an error adds to a full step's noise, or to a share of it,
-        moves the final latents."""
-        step = self._steps(squares)
-        added = np.maximum(squares - share * self._own[step], 0)
-        added[:, 0] = 0  # computed, not reused
-        moved: NDArray[np.float64] = np.sqrt(added) * self.reuse_influence[step]
+    def _moved(self, name: str) -> NDArray[np.float64]:
+        """Returns what `added` does, as an amplitude in the final latents."""
+        added = self.added(name)
+        moved: NDArray[np.float64] = np.sqrt(added) * self.reuse_influence[self._steps(added)]
         return moved
 
     @property
@@ -273,16 +274,9 @@ class ReuseTable:
         """Of each mode (T,): what the square of such a movement adds to the noise."""
         noise, reuse = self.noise_influence**2, self.reuse_influence**2
         whole = np.divide(noise, reuse, out=np.zeros_like(noise), where=reuse > 0)
-        earlier, last = whole[:-1], whole[-1:]
-        return {
-            mode: np.concatenate([factor * earlier, max(factor, _ACROSS_LAST) * last])
-            for mode, factor in _ACROSS.items()
-        }
-
-    @property
-    def _own(self) -> NDArray[np.float64]:
-        """(T,): mean squared errors of full steps."""
-        return self.noise_pred[:, 0]
+        earlier = np.arange(len(whole)) < len(whole) - 1
+        shares = {mode: _ACROSS_UNGUIDED if mode.is_unguided else _ACROSS for mode in Mode}
+        return {mode: whole * np.where(earlier, s, _ACROSS_LAST) for mode, s in shares.items()}
 
     def _steps(self, squares: NDArray[np.float64]) -> NDArray[np.int64]:
         """Returns (T, G+1): the step that each entry is about."""

@@ -20,6 +20,7 @@ def plan_for_speedup(
     slow, fast = (measure_graphs(e, b, rounds=10) for e, b in zip(engines, bundles, strict=True))
     table = bundles[1].reuse_table(noise_scheduler, steps)
     budget_ms = slow.loop_ms(CacheSchedule.all_full(len(table.timesteps)), 2) / speedup
-    frontier = plan_frontier((table,), fast, 2)
+    noise_schedule = bundles[1].manifest.noise_schedule
+    frontier = plan_frontier((table,), fast, 2, noise_schedule)
     fits = [plan for plan in frontier if fast.loop_ms(plan.schedule, 2) <= budget_ms]
     return (fits[-1] if fits else frontier[0]).schedule.to_string()

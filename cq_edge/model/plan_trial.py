@@ -18,6 +18,7 @@ from cq_edge.forecast import Forecast
 from cq_edge.frontier import search_plans
 from cq_edge.model.reuse_trial import ShallowGraph
 from cq_edge.model.trajectory import Loop, Prompt, mean_square
+from cq_edge.plan_error import noise_powers
 from cq_edge.reuse_table import ReuseTable
 
 _MODE_COSTS = (1.0, 0.1, 0.0, 0.5, 0.05)
@@ -25,7 +26,7 @@ _MODE_COSTS = (1.0, 0.1, 0.0, 0.5, 0.05)
 _FULL_SHARE, _FULL_STEPS = 0.25, 8
 """The larger is what is full: few enough for reuse to err more than quantisation does, and enough
 for a picture."""
-_FRESH = 0.8
+_FRESH = 0.88
 """The share of quantisation's error in the final latents that is new at every step; fitted to
 plans of the demo model."""
 _LEAST_REUSE = 0.1
@@ -83,12 +84,12 @@ def scaled_to_trial(
     """
     all_full = CacheSchedule.all_full(len(table.timesteps))
     quantised = typical_distance(full_finals, exact_finals)
-    noise = _ratio(_FRESH * quantised, table.reuse_errors().total(all_full))
+    scale = _ratio(_FRESH * quantised, table.reuse_errors().total(all_full))
     shared = (1 - _FRESH) * quantised
     table = replace(
         table,
         base_error=table.base_error + shared,
-        noise_influence=table.noise_influence * np.sqrt(noise),
+        noise_influence=table.noise_influence * np.sqrt(scale),
     )
     # a step without the negative prompt cannot be run branch by branch
     errors = replace(table.reuse_errors(), unguided=np.zeros((len(table.timesteps), 1)))
@@ -98,9 +99,10 @@ def scaled_to_trial(
     schedule = thrifty[-1] if thrifty else plans[0][0]
     planned = _Planned(loop, shallow, table, schedule, len(loop.branches(prompts[0])))
     finals = final_latents(replace(loop, full=planned), prompts, on_step)
-    found, predicted = typical_distance(finals, exact_finals), errors.parts(schedule)
-    left = max(found - shared - predicted.noise, _LEAST_REUSE * found)
-    reuse = _ratio(left, predicted.reuse**2)
+    found = typical_distance(finals, exact_finals)
+    (noise,) = noise_powers(table, loop.noise_scheduler, [schedule])
+    left = max(found - shared - noise, _LEAST_REUSE * found)
+    reuse = _ratio(left, errors.parts(schedule).reuse ** 2)
     return replace(table, reuse_influence=table.reuse_influence * np.sqrt(reuse))
 
 

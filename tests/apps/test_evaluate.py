@@ -58,7 +58,7 @@ def test_every_way_is_compared_with_float32(evaluate):
         assert rows[name]["plan"]["full"] == 10
     assert rows["float32"]["loop_speedup"] == 1
     assert rows["ours"]["psnr_db"] < rows["float32"]["psnr_db"]
-    frontier = plan_frontier([reuse_table()], profile, 2)
+    frontier = plan_frontier([reuse_table()], profile, 2, NoiseScheduleConfig())
     fitting = [p for p in frontier if profile.loop_ms(p.schedule, 2) <= 2 * 100 / 2]
     assert rows["ours"]["plan"]["modes"] == fitting[-1].schedule.to_string()
     assert rows["uniform cache"]["plan"]["modes"] == CacheSchedule.uniform(10, 3).to_string()

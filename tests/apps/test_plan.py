@@ -6,6 +6,7 @@ from apps import plan as plan_module
 from apps.cli import main
 from cq_edge.cache_schedule import plan_full_steps
 from cq_edge.latency import DeviceProfile
+from cq_edge.noise_scheduler import NoiseScheduleConfig
 from cq_edge.planner import best_at_speedup, plan_frontier
 from runtime.bundle import open_bundle
 from tests.tiny_bundle import reuse_table
@@ -38,7 +39,7 @@ def test_json_says_the_plan_and_what_it_is_predicted_to_cost(plan, device):
     code, out, _ = plan("--speedup", "1.5", "--json")
     assert code == 0
     found = json.loads(out.splitlines()[-1])
-    frontier = plan_frontier([reuse_table()], device, 2)
+    frontier = plan_frontier([reuse_table()], device, 2, NoiseScheduleConfig())
     expected = best_at_speedup(frontier, 1.5)
     assert found["modes"] == expected.schedule.to_string()
     assert found["plan"] == expected.schedule.counts
@@ -96,6 +97,6 @@ def test_without_a_profile_the_graphs_are_measured_here(home, capsys):
 
 
 def test_the_frontier_on_the_screen_always_holds_the_choice(device):
-    frontier = plan_frontier([reuse_table()], device, 2)
+    frontier = plan_frontier([reuse_table()], device, 2, NoiseScheduleConfig())
     for chosen in frontier:
         assert chosen in plan_module._shown(chosen, frontier)

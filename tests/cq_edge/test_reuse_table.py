@@ -104,7 +104,8 @@ def test_errors_are_those_of_the_objective_asked_for():
 
 def test_every_step_full_errs_by_its_noise_alone():
     given, every = table(), CacheSchedule.all_full(T)
-    noise = (given.noise_pred[:, 0] * given.noise_influence**2).sum()
+    moved = np.sqrt(given.noise_pred[:, 0]) * given.noise_influence
+    noise = moved @ moved + 2 * 0.26 * 0.73 * (moved[1:] @ moved[:-1])
     assert given.reuse_errors().parts(every) == (0, pytest.approx(noise))
     assert given.reuse_errors("feature_l1").total(every) == 0
 
@@ -310,15 +311,12 @@ def test_a_half_of_the_corrections_can_be_left_out(cache, quantisation):
         np.testing.assert_array_equal(getattr(bare, name), getattr(table(), name))
 
 
-def test_how_much_of_reuse_counts_as_noise_depends_on_the_mode_and_is_more_of_the_last_step():
+def test_a_share_of_reuse_counts_as_noise_more_without_the_negative_prompt_and_at_the_last_step():
     across, whole = table().reuse_errors().across, table().noise_influence ** 2
-    shares = {
-        mode: across[mode] * table().reuse_influence ** 2 / np.where(whole, whole, 1)
-        for mode in Mode
-    }
-    for mode, share in zip(Mode, (0, 0.3, 0.6, 3, 3), strict=True):
-        np.testing.assert_allclose(shares[mode][:-1], share)
-        assert shares[mode][-1] == pytest.approx(max(2, share))
+    for mode in Mode:
+        shares = across[mode] * table().reuse_influence ** 2 / np.where(whole, whole, 1)
+        np.testing.assert_allclose(shares[:-1], 1 if mode.is_unguided else 0.3)
+        assert shares[-1] == pytest.approx(4)
     assert table().reuse_errors("feature_l1").across == {}
 
 

@@ -9,6 +9,7 @@ from cq_edge.frontier import search_plans
 from cq_edge.model.plan_trial import final_latents, scaled_to_trial, typical_distance
 from cq_edge.model.trajectory import Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
+from cq_edge.plan_error import noise_powers
 from cq_edge.reuse_table import ReuseTable
 
 _PROMPTS = [((torch.zeros(1, 77, 8),), (torch.ones(1, 77, 8),))] * 2
@@ -109,7 +110,7 @@ def test_the_table_is_scaled_to_what_two_plans_really_err_by(skips):
     errors = scaled.reuse_errors()
     shared = scaled.base_error - table.base_error
     full_error = errors.total(CacheSchedule.all_full(steps))
-    assert [full_error, shared] == pytest.approx([0.8e-6, 0.2e-6], rel=1e-3)
+    assert [full_error, shared] == pytest.approx([0.88e-6, 0.12e-6], rel=1e-3)
     noisy = replace(table, noise_influence=scaled.noise_influence)
     costs = dict(zip(Mode, (1, 0.1, 0, 0.5, 0.05), strict=True))
     found = search_plans(noisy.reuse_errors(), costs)
@@ -118,7 +119,9 @@ def test_the_table_is_scaled_to_what_two_plans_really_err_by(skips):
     pairs = [(_by_hand(loop, n, plan.to_string()), exact[n]) for n in range(2)]
     distances = torch.stack([(found - expected).square().mean() for found, expected in pairs])
     measured = float(distances.log().mean().exp())
-    assert errors.total(plan) + shared == pytest.approx(measured, rel=1e-4)
+    (noise,) = noise_powers(scaled, loop.noise_scheduler, [plan])
+    predicted = errors.parts(plan).reuse ** 2 + noise + shared
+    assert predicted == pytest.approx(measured, rel=1e-4)
 
 
 def test_a_table_without_errors_is_left_as_it_is():

@@ -1,0 +1,200 @@
+"""What given plans err by: their noise walked through the loop, their errors of reuse added up.
+
+The dynamic program needs errors that add up over steps, whatever other steps do. A given plan needs
+no such thing: how far noise goes depends on which later steps answer to it. So the noise of every
+step's layers is followed through the plan's own loop, with a denoiser of Gaussian data that answers
+to noise in the latents as far as the graphs of that step do: a full step wholly, a shallow one by
+what it computes, a forecast not at all. What a step takes from others brings their noise with it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.forecast import Weights
+from cq_edge.influence import SMALL, noise_response
+from cq_edge.noise_scheduler import NoiseScheduler
+from cq_edge.quantisation_noise import ALIKE, FADING, one_branch
+from cq_edge.reuse_table import ReuseTable
+
+_SHALLOW_ANSWER = 0.25
+"""Of a full step's answer to noise in the latents, what the layers of a shallow step give."""
+_SHALLOW_NOISE = 0.2
+"""Of a full step's noise, as a power, what the layers of a shallow step add."""
+_ACROSS, _ACROSS_UNGUIDED = 0.5, 1.2
+"""Of the power of what reuse adds to a guided and an unguided step, what goes on as noise does. All
+four fitted, with the share of noise that is new at every step, to plans of the demo model."""
+_LAST = 14
+"""The steps that noise is followed from: those after mend what earlier ones leave."""
+_KINDS = 5
+
+Noise = NDArray[np.float64]
+"""(P, S) of P plans: by how much each of S independent sources moves a value."""
+
+
+def plan_errors(
+    table: ReuseTable, noise_scheduler: NoiseScheduler, schedules: Sequence[CacheSchedule]
+) -> NDArray[np.float64]:
+    """Returns (P,) the mean squared error of the final latents to expect of each schedule.
+
+    Args:
+        table: Says what quantisation and reuse err by.
+        noise_scheduler: That of the table.
+        schedules: P of the table's T steps.
+
+    Raises:
+        ScheduleError: A schedule has another length, or a step that was not measured.
+    """
+    errors = table.reuse_errors()
+    reuse = np.array([errors.parts(schedule).reuse for schedule in schedules])
+    return table.base_error + reuse**2 + noise_powers(table, noise_scheduler, schedules)
+
+
+def noise_powers(
+    table: ReuseTable, noise_scheduler: NoiseScheduler, schedules: Sequence[CacheSchedule]
+) -> NDArray[np.float64]:
+    """Returns (P,) the part of `plan_errors` that noise makes, of every step full as much as the
+    table's noise influence says."""
+    every = CacheSchedule.all_full(len(table.timesteps))
+    powers = _Walk(table, noise_scheduler, [every, *schedules]).powers()
+    scale = table.reuse_errors().parts(every).noise / powers[0] if powers[0] else 1.0
+    scaled: NDArray[np.float64] = powers[1:] * scale
+    return scaled
+
+
+class _Line:
+    """`Forecast` of many plans at once, each with steps of its own."""
+
+    def __init__(self, plans: int, sources: int) -> None:
+        self.last, self.before = np.full(plans, -1), np.full(plans, -1)
+        self._value = self._earlier = np.zeros((plans, sources))
+
+    def at(self, step: int, weights: Weights) -> Noise:
+        """Returns what to expect at a step."""
+        back, gap = self.last - self.before, step - self.last
+        reaches = (self.before >= 0) & (back < weights.shape[1]) & (gap < weights.shape[2])
+        near = np.where(reaches, (self.last, back, gap), 0)
+        share = np.where(reaches, weights[near[0], near[1], near[2]], 0.0)[:, None]
+        forecast: Noise = self._value + share * (self._value - self._earlier)
+        return forecast
+
+    def after(self, step: int, value: Noise, where: NDArray[np.bool_]) -> None:
+        """Takes a step's value into the plans that computed it."""
+        self.before, self.last = np.where(where, (self.last, np.full_like(self.last, step)),
+                                          (self.before, self.last))  # fmt: skip
+        column = where[:, None]
+        self._earlier = np.where(column, self._value, self._earlier)
+        self._value = np.where(column, value, self._value)
+
+
+class _Walk:
+    """The noise of some plans, followed through the loop.
+
+    Its sources are, of each of the last steps, what quantisation adds in the deep and in the
+    shallow layers of both branches, and what reuse adds.
+    """
+
+    def __init__(
+        self,
+        table: ReuseTable,
+        noise_scheduler: NoiseScheduler,
+        schedules: Sequence[CacheSchedule],
+    ) -> None:
+        self._table, self._noise_scheduler = table, noise_scheduler
+        self._modes = np.array([[list(Mode).index(m) for m in s.modes] for s in schedules])
+        self._total = len(table.timesteps)
+        self._first = max(0, self._total - _LAST)
+        plans, sources = len(schedules), _KINDS * (self._total - self._first)
+        lines = (_Line(plans, sources) for _ in range(4))
+        self._prompt, self._negative, self._difference, self._predictions = lines
+        self._nothing = np.zeros((plans, sources))
+
+    def powers(self) -> NDArray[np.float64]:
+        """Returns (P,) the mean square of the noise in the final latents."""
+        latents, history = self._nothing, ()
+        for step in range(self._total):
+            prediction = self._predicted(step, latents)
+            latents, history = self._noise_scheduler.advance(latents, prediction, step, history)
+        kinds = latents.reshape(len(latents), _KINDS, -1) / SMALL
+        apart = np.abs(np.subtract.outer(*2 * (np.arange(kinds.shape[2]),)))
+        alike = np.where(apart, ALIKE * FADING**apart, 1.0)
+        quantised, reused = kinds[:, :-1], kinds[:, -1]
+        powers: NDArray[np.float64] = np.einsum("pki,ij,pkj->p", quantised, alike, quantised)
+        powers += np.square(reused).sum(axis=1)
+        return powers
+
+    def _predicted(self, step: int, latents: Noise) -> Noise:
+        """Returns the noise in the guided noise prediction of a step."""
+        table, scale = self._table, self._table.guidance_scale
+        full, shallow, skip, unguided = self._ways(step)
+        seen = self._noise_scheduler.model_input(latents, step)
+        answer = seen * noise_response(self._noise_scheduler, step)
+        deep, near = self._sources(step)
+        computed = (1 - _SHALLOW_ANSWER) * answer
+        prompt_feature = self._prompt.at(step, table.feature_weight)
+        prompt_feature = np.where(full[:, None], computed + deep[0], prompt_feature)
+        both = full & ~unguided
+        negative_feature = self._negative.at(step, table.feature_weight)
+        negative_feature = np.where(both[:, None], computed + deep[1], negative_feature)
+        prompt = prompt_feature + _SHALLOW_ANSWER * answer + near[0]
+        negative = negative_feature + _SHALLOW_ANSWER * answer + near[1]
+        forecast = self._difference.at(step, table.unguided_weight)
+        difference = np.where(unguided[:, None], forecast, prompt - negative)
+        forecast = self._predictions.at(step, table.skip_weight)
+        prediction = np.where(skip[:, None], forecast, prompt + (scale - 1) * difference)
+        prediction = prediction + self._reused(step, shallow, skip, unguided)
+        self._prompt.after(step, prompt_feature, full)
+        self._negative.after(step, negative_feature, both)
+        self._difference.after(step, difference, ~skip & ~unguided)
+        self._predictions.after(step, prediction, ~skip)
+        return prediction
+
+    def _ways(self, step: int) -> list[NDArray[np.bool_]]:
+        """Returns (P,) which plans' step is full, shallow, skip, and unguided."""
+        modes = list(Mode)
+        tests = (
+            [mode.is_full for mode in modes],
+            [mode.is_shallow for mode in modes],
+            [mode is Mode.SKIP for mode in modes],
+            [mode.is_unguided for mode in modes],
+        )
+        return [np.array(test)[self._modes[:, step]] for test in tests]
+
+    def _sources(self, step: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Returns (2, S) each: what the deep and the shallow layers add, of both branches."""
+        sources = np.zeros((2, 2, _KINDS, self._total - self._first))
+        if step >= self._first:
+            branch = self._table.own[step] * one_branch(self._table.guidance_scale)
+            for part, share in enumerate((1 - _SHALLOW_NOISE, _SHALLOW_NOISE)):
+                for number in range(2):
+                    place = part, number, 2 * part + number, step - self._first
+                    sources[place] = SMALL * np.sqrt(share * branch)
+        deep, near = sources.reshape(2, 2, -1)
+        return deep, near
+
+    def _reused(
+        self,
+        step: int,
+        shallow: NDArray[np.bool_],
+        skip: NDArray[np.bool_],
+        unguided: NDArray[np.bool_],
+    ) -> Noise:
+        """Returns what reuse adds to the prediction of a step, of its own."""
+        if step < self._first:
+            return self._nothing
+        power = np.zeros(len(self._modes))
+        for name, where, line, across in (
+            ("noise_pred", shallow, self._prompt, _ACROSS),
+            ("skip", skip, self._predictions, _ACROSS),
+            ("unguided", unguided, self._difference, _ACROSS_UNGUIDED),
+        ):
+            added = self._table.added(name)
+            gap = np.minimum(step - line.last, added.shape[1] - 1)
+            power += np.where(where, across * added[line.last, gap], 0.0)
+        reused = self._nothing.copy()
+        reused[:, (_KINDS - 1) * (self._total - self._first) + step - self._first] = (
+            SMALL * np.sqrt(power)
+        )
+        return reused
