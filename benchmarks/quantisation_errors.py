@@ -75,8 +75,11 @@ def _run(
 
 
 def _table(exact: Runs, quantised: dict[Path, tuple[Bundle, Runs]]) -> str:
-    head = "| bundle | smaller than float32 | steps | error, dB | left by offsets | by both |"
-    lines = [head, "| --- | ---: | --- | ---: | ---: | ---: |"]
+    lines = [
+        "| bundle | smaller than float32 | steps | error, dB | left by offsets | by both "
+        "| like the step before's |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
     for path, (bundle, runs) in quantised.items():
         smaller = float(bundle.manifest.conditions["unet_compression"])
         for steps in np.array_split(np.arange(exact.shape[1]), _PARTS):
@@ -86,7 +89,7 @@ def _table(exact: Runs, quantised: dict[Path, tuple[Bundle, Runs]]) -> str:
             error_db = 10 * np.log10(np.square(right).mean() / error)
             lines.append(
                 f"| {path.name} | {smaller:.2f} | {steps[0] + 1} to {steps[-1] + 1} | "
-                f"{error_db:.1f} | {left[0]:.1%} | {left[1]:.1%} |"
+                f"{error_db:.1f} | {left[0]:.1%} | {left[1]:.1%} | {_alike(wrong - right):.2f} |"
             )
     return "\n".join(
         [
@@ -96,10 +99,19 @@ def _table(exact: Runs, quantised: dict[Path, tuple[Bundle, Runs]]) -> str:
             "latents: signal over error, and the share of the error's power that is left when an "
             "offset, or a gain and an offset, of each channel at each step are taken from the "
             f"other half of {len(exact)} held-out captions and seeds. Above 100 %: what was fitted "
-            f"does not carry over. torch {torch.__version__}.",
+            "does not carry over. Last: the correlation of the error with that of the step before. "
+            f"torch {torch.__version__}.",
             "",
         ]
     )
+
+
+def _alike(errors: Runs) -> float:
+    """Returns the mean correlation of a step's errors with those of the step before."""
+    before, after = errors[:, :-1], errors[:, 1:]
+    pixels = (0, 2, 3, 4)
+    power = np.square(before).sum(axis=pixels) * np.square(after).sum(axis=pixels)
+    return float(((before * after).sum(axis=pixels) / np.sqrt(power)).mean())
 
 
 def _left(right: Runs, wrong: Runs, *, gains: bool) -> float:

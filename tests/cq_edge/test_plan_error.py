@@ -1,0 +1,122 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.errors import ScheduleError
+from cq_edge.forecast import Forecast
+from cq_edge.influence import noise_response
+from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
+from cq_edge.plan_error import noise_powers, plan_errors
+from cq_edge.quantisation_noise import one_branch
+from cq_edge.reuse_table import ReuseTable
+
+T, SCALE = 9, 3.0
+SCHEDULER = make_noise_scheduler("pndm", T - 1, NoiseScheduleConfig())
+ANSWER, NEAR, ACROSS, ACROSS_UNGUIDED = 0.25, 0.2, 0.5, 1.2
+
+
+def table(seed=0):
+    rng = np.random.default_rng(seed)
+    gaps = (5, 4, 4)
+    errors = [rng.uniform(0.5, 1, (T, g)) * np.linspace(0.2, 1, g) for g in gaps]
+    feature_l1 = errors[0] * (np.arange(gaps[0]) > 0)
+    weights = [rng.uniform(-0.5, 0.5, (T, g + 1, g)).astype(np.float32) for g in gaps]
+    ones = np.ones((T, gaps[0], 2), np.float32)
+    influences = (rng.uniform(-1, 1, T), rng.uniform(0, 1, T))
+    return ReuseTable(
+        "pndm", T - 1, SCALE, 0.25, SCHEDULER.timesteps, *influences, errors[0], feature_l1,
+        *errors[1:], *weights, *4 * [ones],
+    )  # fmt: skip
+
+
+def moved(given, schedule, kind, source):
+    """How far the final latents move with one source of noise at one step, branch by branch and
+    value by value as the loop itself runs."""
+    latents, history = 0.0, ()
+    features = {"prompt": Forecast(), "negative": Forecast()}
+    difference, predictions = Forecast(), Forecast()
+    for step, mode in enumerate(schedule.modes):
+        here = kind if step == source else None
+        answer = SCHEDULER.model_input(latents, step) * noise_response(SCHEDULER, step)
+        branch = np.sqrt(given.own[step] * one_branch(SCALE))
+        reused = 0.0
+        if mode is Mode.SKIP:
+            last = predictions.points[0][0]
+            noise_pred = predictions.at(step, given.skip_weight)
+            reused += ACROSS * given.added("skip")[last, step - last]
+        else:
+            said = {}
+            for name in ("prompt", "negative")[: 1 if mode.is_unguided else 2]:
+                if mode.is_full:
+                    feature = (1 - ANSWER) * answer
+                    feature += branch * np.sqrt(1 - NEAR) * (here == ("deep", name))
+                    features[name] = features[name].after(step, feature)
+                else:
+                    feature = features[name].at(step, given.feature_weight)
+                said[name] = feature + ANSWER * answer
+                said[name] += branch * np.sqrt(NEAR) * (here == ("near", name))
+            if mode.is_shallow:
+                anchor = features["prompt"].points[0][0]
+                reused += ACROSS * given.added("noise_pred")[anchor, step - anchor]
+            if mode.is_unguided:
+                known = difference.points[0][0]
+                reused += ACROSS_UNGUIDED * given.added("unguided")[known, step - known]
+                apart = difference.at(step, given.unguided_weight)
+            else:
+                apart = said["prompt"] - said["negative"]
+                difference = difference.after(step, apart)
+            noise_pred = said["prompt"] + (SCALE - 1) * apart
+        noise_pred += np.sqrt(reused) * (here == ("reused", ""))
+        if mode is not Mode.SKIP:
+            predictions = predictions.after(step, noise_pred)
+        latents, history = SCHEDULER.advance(latents, noise_pred, step, history)
+    return latents
+
+
+def by_hand(given, schedule):
+    distance = np.abs(np.subtract.outer(np.arange(T), np.arange(T)))
+    alike = np.where(distance, 0.26 * 0.73**distance, 1)
+    power = 0.0
+    for layers in ("deep", "near"):
+        for name in ("prompt", "negative"):
+            far = np.array([moved(given, schedule, (layers, name), k) for k in range(T)])
+            power += far @ alike @ far
+    return power + sum(moved(given, schedule, ("reused", ""), k) ** 2 for k in range(T))
+
+
+PLANS = [CacheSchedule.from_string(modes) for modes in (
+    "FFFFFFFFF", "FSFSSFKFS", "FFfFsSKFF", "FKKFfKsFK", "FFSSSSFFf"
+)]  # fmt: skip
+
+
+def test_noise_is_what_the_loop_makes_of_every_source():
+    given = table()
+    expected = np.array([by_hand(given, plan) for plan in PLANS])
+    found = noise_powers(given, SCHEDULER, PLANS)
+    np.testing.assert_allclose(found / found[0], expected / expected[0], rtol=1e-6)
+
+
+def test_of_every_step_full_it_is_what_the_tables_influence_says():
+    given = table()
+    every = given.reuse_errors().parts(PLANS[0])
+    assert noise_powers(given, SCHEDULER, PLANS)[0] == pytest.approx(every.noise)
+
+
+def test_a_plan_errs_by_what_all_plans_do_its_noise_and_the_square_of_reuse():
+    given = table()
+    reuse = np.array([given.reuse_errors().parts(plan).reuse for plan in PLANS])
+    expected = 0.25 + reuse**2 + noise_powers(given, SCHEDULER, PLANS)
+    np.testing.assert_allclose(plan_errors(given, SCHEDULER, PLANS), expected)
+
+
+def test_without_noise_and_reuse_nothing_is_added():
+    nothing = replace(table(), noise_pred=np.zeros((T, 5)), skip=np.zeros((T, 4)))
+    nothing = replace(nothing, unguided=np.zeros((T, 4)))
+    np.testing.assert_array_equal(plan_errors(nothing, SCHEDULER, PLANS), 0.25)
+
+
+def test_a_step_that_was_not_measured_is_refused():
+    with pytest.raises(ScheduleError, match=r"^step 5 of FSSSSSFFF is shallow"):
+        plan_errors(table(), SCHEDULER, [CacheSchedule.from_string("FSSSSSFFF")])
