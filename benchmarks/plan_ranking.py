@@ -29,7 +29,7 @@ from runtime.bundle import Bundle, open_bundle
 from runtime.draw import Method, draw
 
 _SCENES_SEED, _FIRST_SEED, _PLANS_SEED = 50_000_001, 2_000, 1
-"""Nothing was tuned on these captions, seeds and plans."""
+"""Nothing was fitted to these captions, seeds and plans, but to others."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,7 +179,7 @@ def _save(
     measured: NDArray[np.float64],
     docs: Path,
 ) -> None:
-    """Writes what was measured, for whoever fits a prediction to it."""
+    """Writes each plan's prediction and what was measured of it, caption by caption."""
     rows = [
         {"modes": plan.to_string(), "predicted": float(error), "measured": found.tolist()}
         for plan, error, found in zip(plans, predicted, measured, strict=True)

@@ -36,7 +36,7 @@ class ErrorParts(NamedTuple):
     @property
     def total(self) -> float:
         """The mean squared error: errors of reuse go on in one direction for many steps, so that
-        it is their sum that is squared; noise is like nothing else."""
+        it is their sum that is squared; noise adds up by power."""
         return max(0.0, self.reuse**2 + self.noise)
 
 
@@ -98,7 +98,8 @@ class ReuseErrors:
         return found
 
     def total(self, schedule: CacheSchedule) -> float:
-        """Returns the mean squared error of the final latents to expect of a schedule.
+        """Returns what the dynamic program minimises: the mean squared error of the final latents
+        that the sum of a schedule's steps makes.
 
         Raises:
             ScheduleError: The schedule has another length, or a step that was not measured.
@@ -145,18 +146,12 @@ class ReuseErrors:
                 after = _State(gap, state.guided_anchor, 0, unguided)
                 yield Mode.SHALLOW_UNGUIDED, after, shallow + difference
         # what the step that a forecast builds on did not compute goes on to be wrong in it
-        known = (reusable or gap == skipped) and (forecastable or unguided == skipped)
+        known = (reusable or gap <= skipped) and (forecastable or unguided <= skipped)
         if known and skipped < self.skip.shape[1]:
             carried = shallow * (gap > skipped) + difference * (unguided > skipped)
-            after = self._far(gap, state.guided_anchor, skipped, unguided)
+            unguided = min(unguided, self.unguided.shape[1])  # beyond that all is too far back
+            after = _State(gap, state.guided_anchor, skipped, unguided)
             yield Mode.SKIP, after, _by_step(self.skip, skipped) + carried
-
-    def _far(self, gap: int, guided_anchor: bool, skipped: int, unguided: int) -> _State:
-        """Returns the state with all that is too far back to be used made alike."""
-        unguided = min(unguided, self.unguided.shape[1])
-        if gap >= max(self.shallow.shape[1], self.skip.shape[1]):
-            return _State(gap, True, 0, unguided)
-        return _State(gap, guided_anchor, skipped, unguided)
 
 
 def _by_step(errors: NDArray[np.float64], back: int) -> NDArray[np.float64]:

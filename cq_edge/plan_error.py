@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.errors import ScheduleError
 from cq_edge.forecast import Weights
 from cq_edge.influence import SMALL, noise_response
 from cq_edge.noise_scheduler import NoiseScheduler
@@ -23,11 +24,12 @@ _SHALLOW_ANSWER = 0.25
 """Of a full step's answer to noise in the latents, what the layers of a shallow step give."""
 _SHALLOW_NOISE = 0.2
 """Of a full step's noise, as a power, what the layers of a shallow step add."""
-_ACROSS, _ACROSS_UNGUIDED = 0.5, 1.2
+_AS_NOISE, _AS_NOISE_UNGUIDED = 0.5, 1.2
 """Of the power of what reuse adds to a guided and an unguided step, what goes on as noise does. All
 four fitted, with the share of noise that is new at every step, to plans of the demo model."""
-_LAST = 14
-"""The steps that noise is followed from: those after mend what earlier ones leave."""
+_LAST = 24
+"""How many of the last steps' noise is followed: they mend what earlier ones leave, but for what is
+still reused in them."""
 _KINDS = 5
 
 Noise = NDArray[np.float64]
@@ -45,7 +47,8 @@ def plan_errors(
         schedules: P of the table's T steps.
 
     Raises:
-        ScheduleError: A schedule has another length, or a step that was not measured.
+        ScheduleError: A schedule has another length or a step that was not measured, or the noise
+            scheduler is not that of the table.
     """
     errors = table.reuse_errors()
     reuse = np.array([errors.parts(schedule).reuse for schedule in schedules])
@@ -55,8 +58,17 @@ def plan_errors(
 def noise_powers(
     table: ReuseTable, noise_scheduler: NoiseScheduler, schedules: Sequence[CacheSchedule]
 ) -> NDArray[np.float64]:
-    """Returns (P,) the part of `plan_errors` that noise makes, of every step full as much as the
-    table's noise influence says."""
+    """Returns (P,) the part of `plan_errors` that noise makes, scaled so that with every step full
+    it is what the table's noise influence makes of it.
+
+    Raises:
+        ScheduleError: The noise scheduler is not that of the table.
+    """
+    if not np.array_equal(noise_scheduler.timesteps, table.timesteps):
+        raise ScheduleError(
+            f"the reuse table was measured on {table.noise_scheduler} at {table.steps} steps, "
+            f"whose timesteps are not those of {noise_scheduler.name} at {noise_scheduler.steps}"
+        )
     every = CacheSchedule.all_full(len(table.timesteps))
     powers = _Walk(table, noise_scheduler, [every, *schedules]).powers()
     scale = table.reuse_errors().parts(every).noise / powers[0] if powers[0] else 1.0
@@ -110,6 +122,7 @@ class _Walk:
         lines = (_Line(plans, sources) for _ in range(4))
         self._prompt, self._negative, self._difference, self._predictions = lines
         self._nothing = np.zeros((plans, sources))
+        self._added = {name: table.added(name) for name in ("noise_pred", "skip", "unguided")}
 
     def powers(self) -> NDArray[np.float64]:
         """Returns (P,) the mean square of the noise in the final latents."""
@@ -118,7 +131,8 @@ class _Walk:
             prediction = self._predicted(step, latents)
             latents, history = self._noise_scheduler.advance(latents, prediction, step, history)
         kinds = latents.reshape(len(latents), _KINDS, -1) / SMALL
-        apart = np.abs(np.subtract.outer(*2 * (np.arange(kinds.shape[2]),)))
+        steps = np.arange(kinds.shape[2])
+        apart = np.abs(np.subtract.outer(steps, steps))
         alike = np.where(apart, ALIKE * FADING**apart, 1.0)
         quantised, reused = kinds[:, :-1], kinds[:, -1]
         powers: NDArray[np.float64] = np.einsum("pki,ij,pkj->p", quantised, alike, quantised)
@@ -186,11 +200,11 @@ class _Walk:
             return self._nothing
         power = np.zeros(len(self._modes))
         for name, where, line, across in (
-            ("noise_pred", shallow, self._prompt, _ACROSS),
-            ("skip", skip, self._predictions, _ACROSS),
-            ("unguided", unguided, self._difference, _ACROSS_UNGUIDED),
+            ("noise_pred", shallow, self._prompt, _AS_NOISE),
+            ("skip", skip, self._predictions, _AS_NOISE),
+            ("unguided", unguided, self._difference, _AS_NOISE_UNGUIDED),
         ):
-            added = self._table.added(name)
+            added = self._added[name]
             gap = np.minimum(step - line.last, added.shape[1] - 1)
             power += np.where(where, across * added[line.last, gap], 0.0)
         reused = self._nothing.copy()

@@ -9,7 +9,7 @@ from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import UsageError
 from cq_edge.frontier import ReuseErrors, candidate_plans, search_plans
 from cq_edge.latency import DeviceProfile
-from cq_edge.noise_scheduler import NoiseScheduleConfig, NoiseScheduler, make_noise_scheduler
+from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 from cq_edge.plan_error import plan_errors
 from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 
@@ -128,7 +128,8 @@ def plan_with_full_steps(
 
 
 def best_with_full_steps(errors: ReuseErrors, full_steps: int) -> CacheSchedule:
-    """Returns the schedule of least error with so many full steps or fewer, none unguided.
+    """Returns the schedule of the least sum of errors with so many full steps or fewer, none
+    unguided.
 
     Raises:
         UsageError: What was measured does not reach that far; names the least number that does.
@@ -155,18 +156,14 @@ def predicted_errors(
     schedules: Sequence[CacheSchedule],
     objective: str,
 ) -> list[float]:
-    """Returns what schedules err by, of the paper's objective its sum, squared."""
-    if objective == OBJECTIVES[0]:
-        found: list[float] = plan_errors(
-            table, _noise_scheduler(table, noise_schedule), schedules
-        ).tolist()
-        return found
-    errors = table.reuse_errors(objective)
-    return [table.base_error + errors.total(schedule) for schedule in schedules]
-
-
-def _noise_scheduler(table: ReuseTable, noise_schedule: NoiseScheduleConfig) -> NoiseScheduler:
-    return make_noise_scheduler(table.noise_scheduler, table.steps, noise_schedule)
+    """Returns what schedules are predicted to err by: by our objective the mean squared error of
+    the final latents, by the paper's its sum, squared."""
+    if objective != OBJECTIVES[0]:
+        errors = table.reuse_errors(objective)
+        return [table.base_error + errors.total(schedule) for schedule in schedules]
+    noise_scheduler = make_noise_scheduler(table.noise_scheduler, table.steps, noise_schedule)
+    predicted: list[float] = plan_errors(table, noise_scheduler, schedules).tolist()
+    return predicted
 
 
 def _priced(

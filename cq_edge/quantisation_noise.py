@@ -1,8 +1,9 @@
 """What the noise of quantised layers adds up to in the final latents, mode by mode of a plan.
 
-Every full step rounds anew, and what it rounds off is much like noise: a quarter of it is like that
-of the step before, and less of those before that (`python -m benchmarks.quantisation_errors`). A
-step that reuses or forecasts goes on with the noise of the last full step. So noise adds up by
+Every full step rounds anew, and what it rounds off is much like noise: a fifth of it is like that
+of the step before (`python -m benchmarks.quantisation_errors`), and less of those before that. A
+step that reuses or forecasts goes on with the noise of the last full step; what a shallow step adds
+of its own is left out (`plan_error` has it). So noise adds up by
 amplitude within a segment, with the signs of the steps' influence, and by power over segments, but
 for what a segment's first step has in common with the segment before.
 """
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 from cq_edge.cache_schedule import Mode
 
 ALIKE, FADING = 0.26, 0.73
-"""Of the noise of two full steps, the share that may be alike, and how much of that is left with
-every step between them; as measured on the demo model."""
+"""The noise of full steps that lie d apart has the correlation ALIKE · FADING**d, as measured on
+the demo model."""
 
 
 def unguided_share(guidance_scale: float) -> float:

@@ -42,6 +42,15 @@ def test_the_part_of_reuse_that_is_like_noise_counts_by_its_square():
         assert alike.parts(schedule).reuse == random_errors(0).parts(schedule).reuse
 
 
+def test_skips_go_as_far_as_they_were_measured_where_nothing_goes_unguided():
+    errors = ReuseErrors(np.ones((9, 2)), np.full((9, 5), 0.5), np.zeros((9, 1)))
+    assert errors.parts(CacheSchedule.from_string("FFKKKKFFF")).reuse == 2
+    fastest, _ = search_frontier(errors, MODE_MS)[0]
+    assert fastest.to_string() == "FKKKKFKKK"
+    with pytest.raises(ScheduleError, match=r"^step 6 of FFKKKKKFF is skip"):
+        errors.parts(CacheSchedule.from_string("FFKKKKKFF"))
+
+
 def every_schedule(errors):
     """Every schedule that the errors cover, with what it errs by."""
     for rest in product("FSKfs", repeat=len(errors.shallow) - 1):

@@ -14,24 +14,28 @@ from cq_edge.reuse_table import ReuseTable
 
 T, SCALE = 9, 3.0
 SCHEDULER = make_noise_scheduler("pndm", T - 1, NoiseScheduleConfig())
-ANSWER, NEAR, ACROSS, ACROSS_UNGUIDED = 0.25, 0.2, 0.5, 1.2
+ANSWER, NEAR, AS_NOISE, AS_NOISE_UNGUIDED, LAST = 0.25, 0.2, 0.5, 1.2, 24
+TINY = 2.0**-40  # so that nothing is clipped
 
 
-def table(seed=0):
-    rng = np.random.default_rng(seed)
+def table(noise_scheduler=SCHEDULER, scale=SCALE):
+    rng, total = np.random.default_rng(0), len(noise_scheduler.timesteps)
     gaps = (5, 4, 4)
-    errors = [rng.uniform(0.5, 1, (T, g)) * np.linspace(0.2, 1, g) for g in gaps]
+    errors = [rng.uniform(0.5, 1, (total, g)) * np.linspace(0.2, 1, g) for g in gaps]
+    for error in errors:
+        anchor, gap = np.indices(error.shape)
+        error[anchor + gap >= total] = np.nan
     feature_l1 = errors[0] * (np.arange(gaps[0]) > 0)
-    weights = [rng.uniform(-0.5, 0.5, (T, g + 1, g)).astype(np.float32) for g in gaps]
-    ones = np.ones((T, gaps[0], 2), np.float32)
-    influences = (rng.uniform(-1, 1, T), rng.uniform(0, 1, T))
+    weights = [rng.uniform(-0.5, 0.5, (total, g + 1, g)).astype(np.float32) for g in gaps]
+    ones = np.ones((total, gaps[0], 2), np.float32)
+    influences = (rng.uniform(-1, 1, total), rng.uniform(0, 1, total))
     return ReuseTable(
-        "pndm", T - 1, SCALE, 0.25, SCHEDULER.timesteps, *influences, errors[0], feature_l1,
-        *errors[1:], *weights, *4 * [ones],
+        noise_scheduler.name, noise_scheduler.steps, scale, 0.25, noise_scheduler.timesteps,
+        *influences, errors[0], feature_l1, *errors[1:], *weights, *4 * [ones],
     )  # fmt: skip
 
 
-def moved(given, schedule, kind, source):
+def moved(given, scheduler, schedule, kind, source):
     """How far the final latents move with one source of noise at one step, branch by branch and
     value by value as the loop itself runs."""
     latents, history = 0.0, ()
@@ -39,13 +43,13 @@ def moved(given, schedule, kind, source):
     difference, predictions = Forecast(), Forecast()
     for step, mode in enumerate(schedule.modes):
         here = kind if step == source else None
-        answer = SCHEDULER.model_input(latents, step) * noise_response(SCHEDULER, step)
-        branch = np.sqrt(given.own[step] * one_branch(SCALE))
+        answer = scheduler.model_input(latents, step) * noise_response(scheduler, step)
+        branch = TINY * np.sqrt(given.own[step] * one_branch(given.guidance_scale))
         reused = 0.0
         if mode is Mode.SKIP:
             last = predictions.points[0][0]
             noise_pred = predictions.at(step, given.skip_weight)
-            reused += ACROSS * given.added("skip")[last, step - last]
+            reused += AS_NOISE * given.added("skip")[last, step - last]
         else:
             said = {}
             for name in ("prompt", "negative")[: 1 if mode.is_unguided else 2]:
@@ -59,31 +63,33 @@ def moved(given, schedule, kind, source):
                 said[name] += branch * np.sqrt(NEAR) * (here == ("near", name))
             if mode.is_shallow:
                 anchor = features["prompt"].points[0][0]
-                reused += ACROSS * given.added("noise_pred")[anchor, step - anchor]
+                reused += AS_NOISE * given.added("noise_pred")[anchor, step - anchor]
             if mode.is_unguided:
                 known = difference.points[0][0]
-                reused += ACROSS_UNGUIDED * given.added("unguided")[known, step - known]
+                reused += AS_NOISE_UNGUIDED * given.added("unguided")[known, step - known]
                 apart = difference.at(step, given.unguided_weight)
             else:
                 apart = said["prompt"] - said["negative"]
                 difference = difference.after(step, apart)
-            noise_pred = said["prompt"] + (SCALE - 1) * apart
-        noise_pred += np.sqrt(reused) * (here == ("reused", ""))
+            noise_pred = said["prompt"] + (given.guidance_scale - 1) * apart
+        noise_pred += TINY * np.sqrt(reused) * (here == ("reused", ""))
         if mode is not Mode.SKIP:
             predictions = predictions.after(step, noise_pred)
-        latents, history = SCHEDULER.advance(latents, noise_pred, step, history)
-    return latents
+        latents, history = scheduler.advance(latents, noise_pred, step, history)
+    return latents / TINY
 
 
-def by_hand(given, schedule):
-    distance = np.abs(np.subtract.outer(np.arange(T), np.arange(T)))
+def by_hand(given, scheduler, schedule):
+    followed = range(max(0, len(schedule) - LAST), len(schedule))
+    distance = np.abs(np.subtract.outer(followed, followed))
     alike = np.where(distance, 0.26 * 0.73**distance, 1)
     power = 0.0
     for layers in ("deep", "near"):
         for name in ("prompt", "negative"):
-            far = np.array([moved(given, schedule, (layers, name), k) for k in range(T)])
+            far = np.array([moved(given, scheduler, schedule, (layers, name), k) for k in followed])
             power += far @ alike @ far
-    return power + sum(moved(given, schedule, ("reused", ""), k) ** 2 for k in range(T))
+    reused = [moved(given, scheduler, schedule, ("reused", ""), k) for k in followed]
+    return power + np.square(reused).sum()
 
 
 PLANS = [CacheSchedule.from_string(modes) for modes in (
@@ -91,11 +97,23 @@ PLANS = [CacheSchedule.from_string(modes) for modes in (
 )]  # fmt: skip
 
 
-def test_noise_is_what_the_loop_makes_of_every_source():
-    given = table()
-    expected = np.array([by_hand(given, plan) for plan in PLANS])
-    found = noise_powers(given, SCHEDULER, PLANS)
-    np.testing.assert_allclose(found / found[0], expected / expected[0], rtol=1e-6)
+@pytest.mark.parametrize(
+    ("name", "steps", "scale", "schedule"),
+    [
+        ("pndm", 8, 3.0, {}),
+        ("pndm", 27, 1.0, {}),
+        ("euler", 28, 3.0, {}),
+        ("ddim", 9, 3.0, {"clip_sample": True}),
+        ("dpmsolver++", 28, 3.0, {"prediction_type": "v_prediction"}),
+    ],
+)
+def test_noise_is_what_the_loop_makes_of_every_source(name, steps, scale, schedule):
+    scheduler = make_noise_scheduler(name, steps, NoiseScheduleConfig(**schedule))
+    given, total = table(scheduler, scale), len(scheduler.timesteps)
+    plans = [CacheSchedule.from_string((3 * plan.to_string() + "FFF")[:total]) for plan in PLANS]
+    expected = np.array([by_hand(given, scheduler, plan) for plan in plans])
+    found = noise_powers(given, scheduler, plans)
+    np.testing.assert_allclose(found / found[0], expected / expected[0], rtol=1e-5)
 
 
 def test_of_every_step_full_it_is_what_the_tables_influence_says():
@@ -115,6 +133,12 @@ def test_without_noise_and_reuse_nothing_is_added():
     nothing = replace(table(), noise_pred=np.zeros((T, 5)), skip=np.zeros((T, 4)))
     nothing = replace(nothing, unguided=np.zeros((T, 4)))
     np.testing.assert_array_equal(plan_errors(nothing, SCHEDULER, PLANS), 0.25)
+
+
+def test_a_noise_scheduler_of_other_steps_is_refused():
+    other = make_noise_scheduler("pndm", T, NoiseScheduleConfig())
+    with pytest.raises(ScheduleError, match=r"^the reuse table was measured on pndm at 8"):
+        plan_errors(table(), other, PLANS)
 
 
 def test_a_step_that_was_not_measured_is_refused():

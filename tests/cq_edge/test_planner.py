@@ -38,7 +38,7 @@ def random_table(seed, steps=8, max_gap=3, base_error=0.0, name="ddim"):
     errors = np.random.default_rng(seed).uniform(0.1, 1.0, (steps, max_gap + 1))
     errors[:, 0] = 0
     ones = np.ones((steps, max_gap + 1, 2), np.float32)
-    timesteps = np.linspace(900, 1, steps, dtype=np.float32)
+    timesteps = make_noise_scheduler(name, steps, NOISE_SCHEDULE).timesteps
     return ReuseTable(
         name, steps, 5.0, base_error, timesteps, *2 * [np.ones(steps)], errors, 3 * errors,
         2 * errors[:, :3], 0.7 * errors[:, :2],

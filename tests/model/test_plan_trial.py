@@ -59,7 +59,7 @@ def _table(steps, max_gap, skip):
     quarter = np.full((steps, max_gap + 2, max_gap + 1), 0.25, np.float32)
     none = np.zeros((steps, 2, 1), np.float32)
     return ReuseTable(
-        "ddim", steps, 1.0, 0.125, np.linspace(900, 1, steps, dtype=np.float32),
+        "ddim", steps, 1.0, 0.125, _loop(steps).noise_scheduler.timesteps,
         *2 * [np.ones(steps)], errors, errors, skip, never, quarter, half, none,
         *2 * [ones, zeros],
     )  # fmt: skip
