@@ -87,8 +87,8 @@ class _Line:
         """Returns what to expect at a step."""
         back, gap = self.last - self.before, step - self.last
         reaches = (self.before >= 0) & (back < weights.shape[1]) & (gap < weights.shape[2])
-        near = np.where(reaches, (self.last, back, gap), 0)
-        share = np.where(reaches, weights[near[0], near[1], near[2]], 0.0)[:, None]
+        entry = tuple(np.where(reaches, (self.last, back, gap), 0))
+        share = np.where(reaches, weights[entry], 0.0)[:, None]
         forecast: Noise = self._value + share * (self._value - self._earlier)
         return forecast
 

@@ -94,6 +94,9 @@ def test_along_the_frontier_time_rises_and_error_falls():
     assert all(a.error > b.error for a, b in pairwise(frontier))
     assert frontier[-1].schedule == CacheSchedule.all_full(8)
     assert frontier[-1].speedup == 1
+    noise_scheduler = make_noise_scheduler("ddim", 8, NOISE_SCHEDULE)
+    predicted = plan_errors(random_table(0), noise_scheduler, [plan.schedule for plan in frontier])
+    assert [plan.error for plan in frontier] == pytest.approx(predicted.tolist())
     for plan in frontier:
         assert plan.picture_ms == PROFILE.picture_ms(plan.schedule, 2)
 
