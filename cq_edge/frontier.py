@@ -62,8 +62,8 @@ class ReuseErrors:
         unguided: (T, U+1): forecasting what the negative prompt changes from step i, the last
             that ran it.
         noise: Of each mode (T, T), as `noise_by_mode` gives it; empty without any.
-        across: Of each mode (T,): by step, what the square of all that reuse adds to it moves the
-            final latents by, as far as that is like noise; empty without any.
+        across: Of each mode (T,): by step, what the square of all that such a step errs by adds to
+            the noise, as far as it is like noise; empty without any.
     """
 
     shallow: NDArray[np.float64]

@@ -7,13 +7,12 @@ to noise in the latents as far as the graphs of that step do: a full step wholly
 what it computes, a forecast not at all. What a step takes from others brings their noise with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
-from cq_edge.errors import ScheduleError
 from cq_edge.forecast import Weights
 from cq_edge.influence import SMALL, noise_response
 from cq_edge.noise_scheduler import NoiseScheduler
@@ -28,8 +27,8 @@ _AS_NOISE, _AS_NOISE_UNGUIDED = 0.5, 1.2
 """Of the power of what reuse adds to a guided and an unguided step, what goes on as noise does. All
 four fitted, with the share of noise that is new at every step, to plans of the demo model."""
 _LAST = 24
-"""How many of the last steps' noise is followed: they mend what earlier ones leave, but for what is
-still reused in them."""
+"""Steps whose noise is followed, the last: they mend what earlier ones leave, but for what is still
+reused in them."""
 _KINDS = 5
 
 Noise = NDArray[np.float64]
@@ -64,11 +63,7 @@ def noise_powers(
     Raises:
         ScheduleError: The noise scheduler is not that of the table.
     """
-    if not np.array_equal(noise_scheduler.timesteps, table.timesteps):
-        raise ScheduleError(
-            f"the reuse table was measured on {table.noise_scheduler} at {table.steps} steps, "
-            f"whose timesteps are not those of {noise_scheduler.name} at {noise_scheduler.steps}"
-        )
+    table.require_for(noise_scheduler)
     every = CacheSchedule.all_full(len(table.timesteps))
     powers = _Walk(table, noise_scheduler, [every, *schedules]).powers()
     scale = table.reuse_errors().parts(every).noise / powers[0] if powers[0] else 1.0
@@ -80,13 +75,13 @@ class _Line:
     """`Forecast` of many plans at once, each with steps of its own."""
 
     def __init__(self, plans: int, sources: int) -> None:
-        self.last, self.before = np.full(plans, -1), np.full(plans, -1)
+        self.last = self._before = np.full(plans, -1)
         self._value = self._earlier = np.zeros((plans, sources))
 
     def at(self, step: int, weights: Weights) -> Noise:
         """Returns what to expect at a step."""
-        back, gap = self.last - self.before, step - self.last
-        reaches = (self.before >= 0) & (back < weights.shape[1]) & (gap < weights.shape[2])
+        back, gap = self.last - self._before, step - self.last
+        reaches = (self._before >= 0) & (back < weights.shape[1]) & (gap < weights.shape[2])
         entry = tuple(np.where(reaches, (self.last, back, gap), 0))
         share = np.where(reaches, weights[entry], 0.0)[:, None]
         forecast: Noise = self._value + share * (self._value - self._earlier)
@@ -94,8 +89,8 @@ class _Line:
 
     def after(self, step: int, value: Noise, where: NDArray[np.bool_]) -> None:
         """Takes a step's value into the plans that computed it."""
-        self.before, self.last = np.where(where, (self.last, np.full_like(self.last, step)),
-                                          (self.before, self.last))  # fmt: skip
+        self._before = np.where(where, self.last, self._before)
+        self.last = np.where(where, step, self.last)
         column = where[:, None]
         self._earlier = np.where(column, self._value, self._earlier)
         self._value = np.where(column, value, self._value)
@@ -115,10 +110,13 @@ class _Walk:
         schedules: Sequence[CacheSchedule],
     ) -> None:
         self._table, self._noise_scheduler = table, noise_scheduler
-        self._modes = np.array([[list(Mode).index(m) for m in s.modes] for s in schedules])
+        self._full = _where(schedules, lambda mode: mode.is_full)
+        self._shallow = _where(schedules, lambda mode: mode.is_shallow)
+        self._skip = _where(schedules, lambda mode: mode is Mode.SKIP)
+        self._unguided = _where(schedules, lambda mode: mode.is_unguided)
         self._total = len(table.timesteps)
-        self._first = max(0, self._total - _LAST)
-        plans, sources = len(schedules), _KINDS * (self._total - self._first)
+        self._followed = min(_LAST, self._total)
+        plans, sources = len(schedules), _KINDS * self._followed
         lines = (_Line(plans, sources) for _ in range(4))
         self._prompt, self._negative, self._difference, self._predictions = lines
         self._nothing = np.zeros((plans, sources))
@@ -142,7 +140,7 @@ class _Walk:
     def _predicted(self, step: int, latents: Noise) -> Noise:
         """Returns the noise in the guided noise prediction of a step."""
         table, scale = self._table, self._table.guidance_scale
-        full, shallow, skip, unguided = self._ways(step)
+        full, skip, unguided = (x[:, step] for x in (self._full, self._skip, self._unguided))
         seen = self._noise_scheduler.model_input(latents, step)
         answer = seen * noise_response(self._noise_scheduler, step)
         deep, near = self._sources(step)
@@ -158,57 +156,47 @@ class _Walk:
         difference = np.where(unguided[:, None], forecast, prompt - negative)
         forecast = self._predictions.at(step, table.skip_weight)
         prediction = np.where(skip[:, None], forecast, prompt + (scale - 1) * difference)
-        prediction = prediction + self._reused(step, shallow, skip, unguided)
+        prediction = prediction + self._reused(step)
         self._prompt.after(step, prompt_feature, full)
         self._negative.after(step, negative_feature, both)
         self._difference.after(step, difference, ~skip & ~unguided)
         self._predictions.after(step, prediction, ~skip)
         return prediction
 
-    def _ways(self, step: int) -> list[NDArray[np.bool_]]:
-        """Returns (P,) which plans' step is full, shallow, skip, and unguided."""
-        modes = list(Mode)
-        tests = (
-            [mode.is_full for mode in modes],
-            [mode.is_shallow for mode in modes],
-            [mode is Mode.SKIP for mode in modes],
-            [mode.is_unguided for mode in modes],
-        )
-        return [np.array(test)[self._modes[:, step]] for test in tests]
-
     def _sources(self, step: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Returns (2, S) each: what the deep and the shallow layers add, of both branches."""
-        sources = np.zeros((2, 2, _KINDS, self._total - self._first))
-        if step >= self._first:
+        sources = np.zeros((2, 2, _KINDS, self._followed))
+        if (place := self._place(step)) >= 0:
             branch = self._table.own[step] * one_branch(self._table.guidance_scale)
             for part, share in enumerate((1 - _SHALLOW_NOISE, _SHALLOW_NOISE)):
                 for number in range(2):
-                    place = part, number, 2 * part + number, step - self._first
-                    sources[place] = SMALL * np.sqrt(share * branch)
+                    moved = SMALL * np.sqrt(share * branch)
+                    sources[part, number, 2 * part + number, place] = moved
         deep, near = sources.reshape(2, 2, -1)
         return deep, near
 
-    def _reused(
-        self,
-        step: int,
-        shallow: NDArray[np.bool_],
-        skip: NDArray[np.bool_],
-        unguided: NDArray[np.bool_],
-    ) -> Noise:
+    def _reused(self, step: int) -> Noise:
         """Returns what reuse adds to the prediction of a step, of its own."""
-        if step < self._first:
+        if (place := self._place(step)) < 0:
             return self._nothing
-        power = np.zeros(len(self._modes))
-        for name, where, line, across in (
-            ("noise_pred", shallow, self._prompt, _AS_NOISE),
-            ("skip", skip, self._predictions, _AS_NOISE),
-            ("unguided", unguided, self._difference, _AS_NOISE_UNGUIDED),
+        power = np.zeros(len(self._nothing))
+        for name, where, line, share in (
+            ("noise_pred", self._shallow, self._prompt, _AS_NOISE),
+            ("skip", self._skip, self._predictions, _AS_NOISE),
+            ("unguided", self._unguided, self._difference, _AS_NOISE_UNGUIDED),
         ):
             added = self._added[name]
             gap = np.minimum(step - line.last, added.shape[1] - 1)
-            power += np.where(where, across * added[line.last, gap], 0.0)
-        reused = self._nothing.copy()
-        reused[:, (_KINDS - 1) * (self._total - self._first) + step - self._first] = (
-            SMALL * np.sqrt(power)
-        )
-        return reused
+            power += np.where(where[:, step], share * added[line.last, gap], 0.0)
+        reused = np.zeros((len(power), _KINDS, self._followed))
+        reused[:, -1, place] = SMALL * np.sqrt(power)
+        return reused.reshape(self._nothing.shape)
+
+    def _place(self, step: int) -> int:
+        """Returns which of the steps that are followed it is; below 0 before them."""
+        return step - (self._total - self._followed)
+
+
+def _where(schedules: Sequence[CacheSchedule], test: Callable[[Mode], bool]) -> NDArray[np.bool_]:
+    """Returns (P, T) of which steps a test of their mode is true."""
+    return np.array([[test(mode) for mode in schedule.modes] for schedule in schedules])

@@ -157,7 +157,18 @@ def predicted_errors(
     objective: str,
 ) -> list[float]:
     """Returns what schedules are predicted to err by: by our objective the mean squared error of
-    the final latents, by the paper's its sum, squared."""
+    the final latents, by the paper's its sum, squared.
+
+    Args:
+        table: What steps err by.
+        noise_schedule: Of the model.
+        schedules: Of the table's T steps.
+        objective: One of `OBJECTIVES`.
+
+    Raises:
+        ScheduleError: A schedule has another length or a step that was not measured.
+        UsageError: There is no such objective.
+    """
     if objective != OBJECTIVES[0]:
         errors = table.reuse_errors(objective)
         return [table.base_error + errors.total(schedule) for schedule in schedules]

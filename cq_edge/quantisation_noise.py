@@ -3,9 +3,9 @@
 Every full step rounds anew, and what it rounds off is much like noise: a fifth of it is like that
 of the step before (`python -m benchmarks.quantisation_errors`), and less of those before that. A
 step that reuses or forecasts goes on with the noise of the last full step; what a shallow step adds
-of its own is left out (`plan_error` has it). So noise adds up by
-amplitude within a segment, with the signs of the steps' influence, and by power over segments, but
-for what a segment's first step has in common with the segment before.
+of its own is left out (`plan_error` has it). So noise adds up by amplitude within a segment, with
+the signs of the steps' influence, and by power over segments, but for what a segment's first step
+has in common with the segment before.
 """
 
 import numpy as np

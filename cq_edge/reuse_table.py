@@ -15,9 +15,16 @@ from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import Mode
 from cq_edge.correction import ChannelCorrection, ShallowCorrection
-from cq_edge.errors import BundleError, CalibrationError, OutputExistsError, UsageError
+from cq_edge.errors import (
+    BundleError,
+    CalibrationError,
+    OutputExistsError,
+    ScheduleError,
+    UsageError,
+)
 from cq_edge.forecast import Weights
 from cq_edge.frontier import ReuseErrors
+from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.quantisation_noise import noise_by_mode, unguided_share
 
 OBJECTIVES = ("noise_pred", "feature_l1")
@@ -131,8 +138,9 @@ class ReuseTable:
         return self.noise_pred[:, 0]
 
     def added(self, name: str) -> NDArray[np.float64]:
-        """Returns what `noise_pred`, `skip` or `unguided` adds to the mean squared error that a
-        full step has, of an unguided step to the share of it that is left; 0 in column 0."""
+        """Returns, of the array `noise_pred`, `skip` or `unguided` and in its shape, what its mean
+        squared errors add to a full step's, of an unguided step to the share of it that is left; 0
+        in column 0."""
         squares = getattr(self, name)
         share = unguided_share(self.guidance_scale) if name == "unguided" else 1.0
         added: NDArray[np.float64] = np.maximum(squares - share * self.own[self._steps(squares)], 0)
@@ -166,6 +174,19 @@ class ReuseTable:
             return ReuseErrors(shallow, skip, unguided, noise, self._across)
         never = np.zeros((len(shallow), 1))
         return ReuseErrors(shallow, never, never)
+
+    def require_for(self, noise_scheduler: NoiseScheduler) -> None:
+        """Refuses a noise scheduler of other timesteps.
+
+        Raises:
+            ScheduleError: They are not the table's.
+        """
+        if not np.array_equal(self.timesteps, noise_scheduler.timesteps):
+            raise ScheduleError(
+                f"the reuse table was measured on {self.noise_scheduler} at {self.steps} steps: "
+                f"its corrections do not fit {noise_scheduler.name} at {noise_scheduler.steps} "
+                "steps"
+            )
 
     def correction(self, anchor: int, step: int) -> ShallowCorrection:
         """Returns the correction of a step that reuses an anchor; the identity for its own.

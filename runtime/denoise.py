@@ -246,13 +246,8 @@ def _check_fit(
             f"the cache schedule has {found} steps, but {asked} evaluates the denoiser "
             f"{expected} times: give {expected} modes"
         )
-    if reuse_table is None:
-        return
-    if not np.array_equal(reuse_table.timesteps, noise_scheduler.timesteps):
-        raise ScheduleError(
-            f"the reuse table was measured on {reuse_table.noise_scheduler} at "
-            f"{reuse_table.steps} steps: its corrections do not fit {asked}"
-        )
+    if reuse_table is not None:
+        reuse_table.require_for(noise_scheduler)
 
 
 def _corrections(

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.quantisation_errors import _left
+from benchmarks.quantisation_errors import _alike, _left
 
 
 @pytest.fixture
@@ -26,3 +26,12 @@ def test_noise_is_left_and_what_is_fitted_to_it_does_not_carry_over(right):
     for gains in (False, True):
         left = _left(right, right + noise, gains=gains) / np.square(noise).mean()
         assert 0.98 < left < 1.02
+
+
+def test_errors_of_neighbouring_steps_are_as_alike_as_they_were_drawn():
+    fresh = np.random.default_rng(0).standard_normal((8, 20, 4, 8, 8))
+    assert _alike(fresh) == pytest.approx(0, abs=0.01)
+    mixed = fresh.copy()
+    mixed[:, 1::2] = 0.6 * fresh[:, ::2] + 0.8 * fresh[:, 1::2]  # every other pair alike by 0.6
+    pairs = 10 / 19
+    assert _alike(mixed) == pytest.approx(0.6 * pairs, abs=0.01)
