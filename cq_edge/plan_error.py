@@ -4,7 +4,8 @@ The dynamic program needs errors that add up over steps, whatever other steps do
 no such thing: how far noise goes depends on which later steps answer to it. So the noise of every
 step's layers is followed through the plan's own loop, with a denoiser of Gaussian data that answers
 to noise in the latents as far as the graphs of that step do: a full step wholly, a shallow one by
-what it computes, a forecast not at all. What a step takes from others brings their noise with it.
+what it computes, a forecast not at all. What a step takes from others brings their noise with it,
+and so does the share of a full step that is forecast.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,16 +59,16 @@ def noise_powers(
     table: ReuseTable, noise_scheduler: NoiseScheduler, schedules: Sequence[CacheSchedule]
 ) -> NDArray[np.float64]:
     """Returns (P,) the part of `plan_errors` that noise makes, scaled so that with every step full
-    it is what the table's noise influence makes of it.
+    and wholly computed it is what the table's noise influence makes of it.
 
     Raises:
         ScheduleError: The noise scheduler is not that of the table.
     """
     table.require_for(noise_scheduler)
-    every = CacheSchedule.all_full(len(table.timesteps))
-    powers = _Walk(table, noise_scheduler, [every, *schedules]).powers()
-    scale = table.reuse_errors().parts(every).noise / powers[0] if powers[0] else 1.0
-    scaled: NDArray[np.float64] = powers[1:] * scale
+    every, computed = CacheSchedule.all_full(len(table.timesteps)), table.without_forecast_share()
+    (power,) = _Walk(computed, noise_scheduler, [every]).powers()
+    scale = computed.reuse_errors().parts(every).noise / power if power else 1.0
+    scaled: NDArray[np.float64] = _Walk(table, noise_scheduler, schedules).powers() * scale
     return scaled
 
 
@@ -114,6 +115,9 @@ class _Walk:
         self._shallow = _where(schedules, lambda mode: mode.is_shallow)
         self._skip = _where(schedules, lambda mode: mode is Mode.SKIP)
         self._unguided = _where(schedules, lambda mode: mode.is_unguided)
+        guided = _where(schedules, lambda mode: mode is Mode.FULL)
+        follows = np.pad(~self._skip[:, :-1], ((0, 0), (1, 0)))
+        self._share = table.forecast_share * (guided & follows)
         self._total = len(table.timesteps)
         self._followed = min(_LAST, self._total)
         plans, sources = len(schedules), _KINDS * self._followed
@@ -155,8 +159,9 @@ class _Walk:
         forecast = self._difference.at(step, table.unguided_weight)
         difference = np.where(unguided[:, None], forecast, prompt - negative)
         forecast = self._predictions.at(step, table.skip_weight)
-        prediction = np.where(skip[:, None], forecast, prompt + (scale - 1) * difference)
-        prediction = prediction + self._reused(step)
+        share = np.where(skip, 1.0, self._share[:, step])[:, None]
+        prediction = prompt + (scale - 1) * difference
+        prediction = prediction + share * (forecast - prediction) + self._reused(step)
         self._prompt.after(step, prompt_feature, full)
         self._negative.after(step, negative_feature, both)
         self._difference.after(step, difference, ~skip & ~unguided)
@@ -180,14 +185,16 @@ class _Walk:
         if (place := self._place(step)) < 0:
             return self._nothing
         power = np.zeros(len(self._nothing))
-        for name, where, line, share in (
+        forecast = np.where(self._skip, 1.0, self._share**2)
+        for name, of_step, line, share in (
             ("noise_pred", self._shallow, self._prompt, _AS_NOISE),
-            ("skip", self._skip, self._predictions, _AS_NOISE),
+            ("skip", forecast, self._predictions, _AS_NOISE),
             ("unguided", self._unguided, self._difference, _AS_NOISE_UNGUIDED),
         ):
             added = self._added[name]
             gap = np.minimum(step - line.last, added.shape[1] - 1)
-            power += np.where(where[:, step], share * added[line.last, gap], 0.0)
+            known = of_step[:, step] > 0
+            power[known] += (of_step[:, step] * share * added[line.last, gap])[known]
         reused = np.zeros((len(power), _KINDS, self._followed))
         reused[:, -1, place] = SMALL * np.sqrt(power)
         return reused.reshape(self._nothing.shape)

@@ -53,6 +53,27 @@ def noise_by_mode(
     }
 
 
+def forecast_share(
+    own: NDArray[np.float64], skip: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Returns (T,) float32, 0 to 1: how much of a full step's prediction to take from its forecast
+    where the step before was computed.
+
+    Of two estimates whose errors are not alike, the best mean weighs each by the inverse of its
+    mean squared error. What a full step's graph errs by is its new noise, what its forecast errs by
+    is the noise of the steps before and what has changed since.
+
+    Args:
+        own: (T,) mean squared errors of full steps.
+        skip: (T, R+1) those of forecasts, of step i + g from step i.
+    """
+    share = np.zeros(len(own), np.float32)
+    if skip.shape[1] > 1:
+        both = own[1:] + skip[:-1, 1]
+        share[1:] = np.divide(own[1:], both, out=np.zeros_like(both), where=both > 0)
+    return share
+
+
 def one_branch(guidance_scale: float) -> float:
     """Returns the power of one branch's noise, of that of the guided prediction."""
     return 1 / (guidance_scale**2 + (guidance_scale - 1) ** 2)

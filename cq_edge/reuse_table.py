@@ -34,7 +34,7 @@ _ERRORS = (*OBJECTIVES, "skip", "unguided")
 _INFLUENCES = ("noise_influence", "reuse_influence")
 _CORRECTIONS = ("gain", "bias", "output_gain", "output_bias")
 _WEIGHTS = ("feature_weight", "skip_weight", "unguided_weight")
-RUN_COLUMNS = (*_CORRECTIONS, *_WEIGHTS)
+RUN_COLUMNS = (*_CORRECTIONS, *_WEIGHTS, "forecast_share")
 """What changes the pictures of a given plan; the others only choose plans."""
 _ACROSS, _ACROSS_UNGUIDED, _ACROSS_LAST = 0.3, 1.0, 4.0
 """How much of the mean squared error that reuse adds to a step counts as noise in the sum: of a
@@ -75,6 +75,8 @@ class ReuseTable:
             last changed, `cq_edge.forecast.Weights`; 0 takes the anchor's as it is.
         skip_weight: (T, R+2, R+1) float32: likewise the noise prediction of skip steps.
         unguided_weight: (T, U+2, U+1) float32: and what the negative prompt changes.
+        forecast_share: (T,) float32, 0 to 1: of a full step that follows a computed one, how much
+            of its noise prediction is the forecast's rather than the graph's.
         gain: (T, G+1, C) float32 over the C channels of the cached feature.
         bias: (T, G+1, C) float32.
         output_gain: (T, G+1, 2·C') float32 over the channels of the layers that consume it.
@@ -95,6 +97,7 @@ class ReuseTable:
     feature_weight: Weights
     skip_weight: Weights
     unguided_weight: Weights
+    forecast_share: NDArray[np.float32]
     gain: NDArray[np.float32]
     bias: NDArray[np.float32]
     output_gain: NDArray[np.float32]
@@ -170,7 +173,7 @@ class ReuseTable:
         shallow = self.errors(objective)
         if objective == OBJECTIVES[0]:
             skip, unguided = self._moved("skip"), self._moved("unguided")
-            noise = noise_by_mode(self.own, self.noise_influence, self.guidance_scale)
+            noise = noise_by_mode(self._mixed, self.noise_influence, self.guidance_scale)
             return ReuseErrors(shallow, skip, unguided, noise, self._across)
         never = np.zeros((len(shallow), 1))
         return ReuseErrors(shallow, never, never)
@@ -215,7 +218,7 @@ class ReuseTable:
 
         Args:
             cache: Whether it loses the cache corrections, and takes features as they were.
-            quantisation: Whether it loses the quantisation corrections.
+            quantisation: Whether it loses the quantisation corrections, of channels and of steps.
         """
         table = self
         if cache:
@@ -227,8 +230,12 @@ class ReuseTable:
             )
         if quantisation:
             gain, bias = np.ones_like(self.output_gain), np.zeros_like(self.output_bias)
-            table = replace(table, output_gain=gain, output_bias=bias)
+            table = replace(table, output_gain=gain, output_bias=bias).without_forecast_share()
         return table
+
+    def without_forecast_share(self) -> Self:
+        """Returns the table with full steps that are wholly computed."""
+        return replace(self, forecast_share=np.zeros_like(self.forecast_share))
 
     def save(self, path: Path) -> None:
         """Writes the table as a NumPy archive (.npz) without pickle; equal tables, equal bytes.
@@ -276,6 +283,7 @@ class ReuseTable:
                 feature_weight=content["feature_weight"],
                 skip_weight=content["skip_weight"],
                 unguided_weight=content["unguided_weight"],
+                forecast_share=content["forecast_share"],
                 gain=content["gain"],
                 bias=content["bias"],
                 output_gain=content["output_gain"],
@@ -299,6 +307,11 @@ class ReuseTable:
         shares = {mode: _ACROSS_UNGUIDED if mode.is_unguided else _ACROSS for mode in Mode}
         return {mode: whole * np.where(earlier, s, _ACROSS_LAST) for mode, s in shares.items()}
 
+    @property
+    def _mixed(self) -> NDArray[np.float64]:
+        """(T,): what `own` becomes by the forecast's share, after a step that was computed."""
+        return (1 - self.forecast_share) * self.own
+
     def _steps(self, squares: NDArray[np.float64]) -> NDArray[np.int64]:
         """Returns (T, G+1): the step that each entry is about."""
         step = np.add.outer(*map(np.arange, squares.shape))
@@ -306,7 +319,7 @@ class ReuseTable:
 
     def _check_shapes(self) -> None:
         two = dict.fromkeys(_ERRORS, 2)
-        one = dict.fromkeys(("timesteps", *_INFLUENCES), 1)
+        one = dict.fromkeys(("timesteps", *_INFLUENCES, "forecast_share"), 1)
         dims = {**one, **two, **dict.fromkeys((*_WEIGHTS, *_CORRECTIONS), 3)}
         for name, ndim in dims.items():
             array = getattr(self, name)
@@ -323,11 +336,11 @@ class ReuseTable:
         forecasts = [(step_count, shapes[name][1]) for name in ("skip", "unguided")]
         reach = [(step_count, gaps + 1, gaps) for gaps in (columns, *(c for _, c in forecasts))]
         row = (step_count,)
-        if list(shapes.values()) != [row, row, row, pairs, pairs, *forecasts, *reach, *whole]:
+        if list(shapes.values()) != [row, row, row, row, pairs, pairs, *forecasts, *reach, *whole]:
             found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise CalibrationError(
                 f"{found} of a reuse table do not belong together: they must be (T,) "
-                "three times, (T, G+1) twice, (T, R+1), (T, U+1), (T, G+2, G+1), (T, R+2, R+1), "
+                "four times, (T, G+1) twice, (T, R+1), (T, U+1), (T, G+2, G+1), (T, R+2, R+1), "
                 "(T, U+2, U+1), (T, G+1, C) twice, and (T, G+1, 2C') twice"
             )
 
@@ -354,6 +367,9 @@ class ReuseTable:
             if name == "feature_l1":
                 fine = (errors == 0) | (gap > 0)
                 _require(fine, f"the reuse error ({name})", "a step's own must be 0")
+        share = self.forecast_share
+        if not ((share >= 0) & (share <= 1)).all():
+            raise CalibrationError("forecast_share of a reuse table must lie in 0 to 1")
         for name in _WEIGHTS:
             if not np.isfinite(getattr(self, name)).all():
                 raise CalibrationError(f"{name} of a reuse table must hold numbers alone")

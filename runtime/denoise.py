@@ -85,7 +85,8 @@ def denoise(
 ) -> Iterator[StepRecord]:
     """Checks that its arguments fit each other, then runs one step each time it is asked.
 
-    A full step runs `denoise` and keeps its cached feature; a shallow step runs
+    A full step runs `denoise` and keeps its cached feature, and where it follows a computed step,
+    takes a share of its noise prediction from the forecast; a shallow step runs
     `denoise_shallow` on the forecast of that feature, corrected; a skip step runs no graph and
     takes the forecast of the guided noise prediction; an unguided step runs its graph for the
     prompt alone and takes the forecast of what the negative prompt changes.
@@ -96,8 +97,8 @@ def denoise(
         cache_schedule: The mode of each of the T steps.
         latents: (1, 4, h, w) float32: noise times `noise_scheduler.init_noise_sigma`.
         guidance: The prompts' embeddings and the scale.
-        reuse_table: Holds the corrections of the shallow steps, which need it, and how far
-            forecasts follow their line.
+        reuse_table: Holds the corrections of the shallow steps, which need it, how far forecasts
+            follow their line, and their shares in full steps; without it those have none.
         noise: Standard normal noise of the latents' shape, as often as it is asked for; only
             noise schedulers with `fresh_noise` ask.
 
@@ -156,7 +157,9 @@ class _Denoiser:
         self._engine = engine
         self._guidance = guidance
         self._weights: dict[str, Weights] = {}
+        self._share: NDArray[np.float32] | None = None
         if reuse_table is not None:
+            self._share = reuse_table.forecast_share
             self._weights = {
                 "feature": reuse_table.feature_weight,
                 "skip": reuse_table.skip_weight,
@@ -192,8 +195,18 @@ class _Denoiser:
         else:
             predictions = self._shallow(step, inputs, branches, correction)
         noise_pred = self._guided(predictions, step)
+        if mode.is_full and len(branches) == len(self._guidance.branches):
+            noise_pred = self._with_forecast(noise_pred, step)
         self._predictions = self._predictions.after(step, noise_pred)
         return noise_pred
+
+    def _with_forecast(self, noise_pred: FloatArray, step: int) -> FloatArray:
+        """Returns what quantised layers gave, less of their noise after a step that was computed:
+        its forecast goes on from steps whose noise is another."""
+        follows = self._predictions.points[:1] and self._predictions.points[0][0] == step - 1
+        if self._share is None or not follows:
+            return noise_pred
+        return noise_pred + self._share[step] * (self.forecast(step) - noise_pred)
 
     def _full(
         self, step: int, inputs: dict[str, FloatArray], branches: tuple[Context, ...]

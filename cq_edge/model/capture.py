@@ -33,6 +33,7 @@ from cq_edge.model.reuse_trial import (
 )
 from cq_edge.model.trajectory import FullGraph, Loop, Prompt, Visit
 from cq_edge.noise_scheduler import NoiseScheduler
+from cq_edge.quantisation_noise import forecast_share
 from cq_edge.reuse_table import ReuseTable
 
 RUNS = 3
@@ -137,6 +138,8 @@ def capture(
         loop, shallow, prompts, truths, weights, cache, quantisation, on_step
     )
     skip, negative = predictions.weights(), differences.weights()
+    noise_pred = _means(error, len(prompts))
+    skip_error = _means(predictions.products.left(skip), len(prompts))
     table = ReuseTable(
         noise_scheduler=noise_scheduler.name,
         steps=noise_scheduler.steps,
@@ -145,13 +148,14 @@ def capture(
         timesteps=np.asarray(noise_scheduler.timesteps, np.float32),
         noise_influence=noise_influence(noise_scheduler),
         reuse_influence=reuse_influence(noise_scheduler),
-        noise_pred=_means(error, len(prompts)),
+        noise_pred=noise_pred,
         feature_l1=features.l1(),
-        skip=_means(predictions.products.left(skip), len(prompts)),
+        skip=skip_error,
         unguided=_means(differences.products.left(negative), len(prompts)),
         feature_weight=weights,
         skip_weight=skip,
         unguided_weight=negative,
+        forecast_share=forecast_share(noise_pred[:, 0], skip_error),
         gain=cache.gain,
         bias=cache.bias,
         output_gain=quantisation.gain,

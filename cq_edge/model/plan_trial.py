@@ -84,7 +84,8 @@ def scaled_to_trial(
     """
     all_full = CacheSchedule.all_full(len(table.timesteps))
     quantised = typical_distance(full_finals, exact_finals)
-    scale = _ratio(_FRESH * quantised, table.reuse_errors().total(all_full))
+    noise = table.without_forecast_share().reuse_errors().total(all_full)
+    scale = _ratio(_FRESH * quantised, noise)
     shared = (1 - _FRESH) * quantised
     table = replace(
         table,
@@ -135,6 +136,10 @@ class _Planned:
         if mode is Mode.FULL:
             noise_pred, feature = self.loop.full(latents, timestep, *context)
             self._features[branch] = features.after(step, feature)
+            if step and self.schedule.modes[step - 1] is not Mode.SKIP:
+                forecast = self._predictions[branch].at(step, self.table.skip_weight)
+                share = float(self.table.forecast_share[step])
+                noise_pred = torch.lerp(noise_pred, forecast, share)
         else:
             feature = features.at(step, self.table.feature_weight)
             if mode is Mode.SKIP:

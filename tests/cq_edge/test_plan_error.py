@@ -28,10 +28,11 @@ def table(noise_scheduler=SCHEDULER, scale=SCALE):
     feature_l1 = errors[0] * (np.arange(gaps[0]) > 0)
     weights = [rng.uniform(-0.5, 0.5, (total, g + 1, g)).astype(np.float32) for g in gaps]
     ones = np.ones((total, gaps[0], 2), np.float32)
+    share = rng.uniform(0, 1, total).astype(np.float32)
     influences = (rng.uniform(-1, 1, total), rng.uniform(0, 1, total))
     return ReuseTable(
         noise_scheduler.name, noise_scheduler.steps, scale, 0.25, noise_scheduler.timesteps,
-        *influences, errors[0], feature_l1, *errors[1:], *weights, *4 * [ones],
+        *influences, errors[0], feature_l1, *errors[1:], *weights, share, *4 * [ones],
     )  # fmt: skip
 
 
@@ -72,6 +73,10 @@ def moved(given, scheduler, schedule, kind, source):
                 apart = said["prompt"] - said["negative"]
                 difference = difference.after(step, apart)
             noise_pred = said["prompt"] + (given.guidance_scale - 1) * apart
+            if mode is Mode.FULL and step and schedule.modes[step - 1] is not Mode.SKIP:
+                share = given.forecast_share[step]
+                noise_pred += share * (predictions.at(step, given.skip_weight) - noise_pred)
+                reused += AS_NOISE * share**2 * given.added("skip")[step - 1, 1]
         noise_pred += TINY * np.sqrt(reused) * (here == ("reused", ""))
         if mode is not Mode.SKIP:
             predictions = predictions.after(step, noise_pred)
@@ -116,8 +121,8 @@ def test_noise_is_what_the_loop_makes_of_every_source(name, steps, scale, schedu
     np.testing.assert_allclose(found / found[0], expected / expected[0], rtol=1e-5)
 
 
-def test_of_every_step_full_it_is_what_the_tables_influence_says():
-    given = table()
+def test_of_every_step_computed_it_is_what_the_tables_influence_says():
+    given = table().without_forecast_share()
     every = given.reuse_errors().parts(PLANS[0])
     assert noise_powers(given, SCHEDULER, PLANS)[0] == pytest.approx(every.noise)
 

@@ -3,7 +3,7 @@ import pytest
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.frontier import ReuseErrors
-from cq_edge.quantisation_noise import noise_by_mode
+from cq_edge.quantisation_noise import forecast_share, noise_by_mode
 
 OWN = np.array([1.0, 2.0, 0.5, 3.0])
 INFLUENCE = np.array([0.5, -0.4, 0.3, -0.2])
@@ -46,3 +46,20 @@ def test_without_the_negative_prompt_noise_is_new_in_one_branch_of_two():
 
 def test_every_mode_has_what_it_adds():
     assert set(noise_by_mode(OWN, INFLUENCE, 7.5)) == set(Mode)
+
+
+def test_a_forecast_has_the_share_that_errs_least_of_what_was_measured():
+    rng = np.random.default_rng(0)
+    own, skip = rng.uniform(0.5, 1, 4), rng.uniform(0.5, 3, (4, 3))
+    found = forecast_share(own, skip)
+    assert found.dtype == np.float32
+    assert found[0] == 0
+    for step in (1, 2, 3):
+        shares = np.linspace(0, 1, 1001)
+        left = (1 - shares) ** 2 * own[step] + shares**2 * skip[step - 1, 1]
+        assert found[step] == pytest.approx(shares[left.argmin()], abs=1e-3)
+
+
+@pytest.mark.parametrize("skip", [np.zeros((4, 1)), np.zeros((4, 2))])
+def test_where_no_forecast_was_measured_or_nothing_errs_it_has_none(skip):
+    np.testing.assert_array_equal(forecast_share(np.zeros(4), skip), 0)

@@ -27,7 +27,8 @@ def table():
     timesteps = np.linspace(900, 1, T, dtype=np.float32)
     skip, unguided = 2 * noise_pred[:, :2], 3 * noise_pred
     weights = [rng.uniform(0, 1, (T, n + 1, n)).astype(np.float32) for n in (G + 1, 2, G + 1)]
-    errors = (noise_pred, feature_l1, skip, unguided, *weights)
+    share = np.linspace(0, 0.5, T, dtype=np.float32)
+    errors = (noise_pred, feature_l1, skip, unguided, *weights, share)
     influences = np.linspace(-1, 2, T), np.linspace(1, 2, T)
     corrections = (gain, bias, output_gain, output_bias)
     return ReuseTable("pndm", 4, 7.5, 0.25, timesteps, *influences, *errors, *corrections)
@@ -57,6 +58,7 @@ def test_a_table_survives_its_file_bit_for_bit(tmp_path):
         "feature_weight",
         "skip_weight",
         "unguided_weight",
+        "forecast_share",
         "gain",
         "bias",
         "output_gain",
@@ -104,7 +106,8 @@ def test_errors_are_those_of_the_objective_asked_for():
 
 def test_every_step_full_errs_by_its_noise_alone():
     given, every = table(), CacheSchedule.all_full(T)
-    moved = np.sqrt(given.noise_pred[:, 0]) * given.noise_influence
+    mixed = (1 - given.forecast_share) * given.noise_pred[:, 0]
+    moved = np.sqrt(mixed) * given.noise_influence
     noise = moved @ moved + 2 * 0.26 * 0.73 * (moved[1:] @ moved[:-1])
     assert given.reuse_errors().parts(every) == (0, pytest.approx(noise))
     assert given.reuse_errors("feature_l1").total(every) == 0
@@ -159,17 +162,25 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
         ),
         (
             {"bias": np.ones((T, G + 1, C + 1), np.float32)},
-            "timesteps (5,), noise_influence (5,), reuse_influence (5,), noise_pred (5, 3), "
-            "feature_l1 (5, 3), skip (5, 2), unguided (5, 3), feature_weight (5, 4, 3), "
+            "timesteps (5,), noise_influence (5,), reuse_influence (5,), forecast_share (5,), "
+            "noise_pred (5, 3), feature_l1 (5, 3), skip (5, 2), unguided (5, 3), feature_weight (5, 4, 3), "
             "skip_weight (5, 3, 2), unguided_weight (5, 4, 3), gain (5, 3, 3), bias (5, 3, 4), "
             "output_gain (5, 3, 6), output_bias (5, 3, 6) of a reuse table do not belong "
-            "together: they must be (T,) three times, (T, G+1) twice, (T, R+1), (T, U+1), "
+            "together: they must be (T,) four times, (T, G+1) twice, (T, R+1), (T, U+1), "
             "(T, G+2, G+1), (T, R+2, R+1), (T, U+2, U+1), (T, G+1, C) twice, and "
             "(T, G+1, 2C') twice",
         ),
         (
             changed("skip_weight", (1, 1, 1), np.inf),
             "skip_weight of a reuse table must hold numbers alone",
+        ),
+        (
+            changed("forecast_share", 2, 1.5),
+            "forecast_share of a reuse table must lie in 0 to 1",
+        ),
+        (
+            changed("forecast_share", 2, np.nan),
+            "forecast_share of a reuse table must lie in 0 to 1",
         ),
         (
             changed("skip", (1, 1), -1.0),
@@ -307,6 +318,7 @@ def test_a_half_of_the_corrections_can_be_left_out(cache, quantisation):
             found = getattr(bare, name)
             np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
     assert (bare.feature_weight == 0).all() == cache
+    assert (bare.forecast_share == 0).all() == quantisation
     for name in ("noise_pred", "skip_weight", "unguided_weight"):
         np.testing.assert_array_equal(getattr(bare, name), getattr(table(), name))
 

@@ -109,7 +109,7 @@ def test_a_noise_scheduler_that_adds_noise_is_to_be_given_some() -> None:
     assert str(caught.value) == "lcm adds noise after its steps: give it some"
 
 
-def test_an_all_full_plan_equals_the_uncached_loop_bit_for_bit() -> None:
+def test_an_all_full_plan_without_a_table_equals_the_uncached_loop_bit_for_bit() -> None:
     scheduler = make_noise_scheduler("pndm", STEPS, NoiseScheduleConfig())
     latents = start = initial_latents(SHAPE, 3, scheduler.init_noise_sigma)
     engine, history = FakeEngine(), ()
@@ -133,7 +133,7 @@ def test_each_branch_forecasts_its_own_feature_and_both_share_the_correction() -
     scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
     latents = initial_latents(SHAPE, 3, 1.0)
     engine, history = FakeEngine(), ()
-    features = {1: Forecast(), 2: Forecast()}
+    features, line = {1: Forecast(), 2: Forecast()}, Forecast()
     modes, anchor = "FSSFSFFSSS", 0
     for step, mode in enumerate(modes):
         predictions = []
@@ -154,6 +154,9 @@ def test_each_branch_forecasts_its_own_feature_and_both_share_the_correction() -
                 outputs = engine.run("denoise_shallow", inputs)
             predictions.append(outputs["noise_pred"])
         guided = predictions[0] + np.float32(5.0) * (predictions[1] - predictions[0])
+        if mode == "F" and step:
+            guided += SHARE * (line.at(step, table.skip_weight) - guided)
+        line = line.after(step, guided)
         latents, history = scheduler.advance(latents, guided, step, history)
     found = records(modes)
     assert np.array_equal(found[-1].latents, latents)
@@ -185,6 +188,7 @@ def full_by_hand(
 
 
 WEIGHTS = np.full((STEPS, 3, 4), 0.75, np.float32)
+SHARE = np.float32(0.25)
 
 
 def test_a_skip_step_runs_nothing_and_goes_on_as_far_as_the_table_says() -> None:
@@ -197,6 +201,7 @@ def test_a_skip_step_runs_nothing_and_goes_on_as_far_as_the_table_says() -> None
         if step < 2:
             negative, prompt = full_by_hand(scheduler, latents, step)
             guided = negative + np.float32(5.0) * (prompt - negative)
+            guided += SHARE * (line.at(step) - guided) if step else 0
             line = line.after(step, guided)
         else:
             guided = line.at(step, WEIGHTS).astype(np.float32)
@@ -204,6 +209,15 @@ def test_a_skip_step_runs_nothing_and_goes_on_as_far_as_the_table_says() -> None
         np.testing.assert_allclose(found[step].latents, latents, rtol=1e-5, atol=1e-6)
     assert [found[2].mode, found[3].mode] == [Mode.SKIP] * 2
     assert found[3].latents.dtype == np.float32
+
+
+def test_after_a_step_that_was_not_computed_a_full_one_takes_nothing_from_forecasts() -> None:
+    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
+    found = records("FFKF" + "F" * 6)
+    negative, prompt = full_by_hand(scheduler, found[2].latents, 3)
+    guided = negative + np.float32(5.0) * (prompt - negative)
+    latents, _ = scheduler.advance(found[2].latents, guided, 3, ())
+    np.testing.assert_allclose(found[3].latents, latents, rtol=1e-5, atol=1e-6)
 
 
 def test_an_unguided_step_runs_for_the_prompt_alone_and_forecasts_the_difference() -> None:
@@ -220,6 +234,8 @@ def test_an_unguided_step_runs_for_the_prompt_alone_and_forecasts_the_difference
         else:
             difference = line.at(step, WEIGHTS / 1.5)
         guided = (prompt + 4 * difference).astype(np.float32)
+        guided += SHARE * (last - guided) if step == 1 else 0
+        last = guided
         latents, history = scheduler.advance(latents, guided, step, history)
         np.testing.assert_allclose(found[step].latents, latents, rtol=1e-4, atol=1e-5)
 
@@ -228,7 +244,7 @@ def test_an_unguided_step_runs_for_the_prompt_alone_and_forecasts_the_difference
 def test_a_skip_step_beyond_what_was_measured_takes_the_last_prediction(measured: bool) -> None:
     nothing = np.zeros((STEPS, 1))
     weight = np.zeros((STEPS, 2, 1), np.float32)
-    table = replace(reuse_table(), skip=nothing, skip_weight=weight)
+    table = replace(reuse_table(), skip=nothing, skip_weight=weight).without_forecast_share()
     scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
     start = initial_latents(SHAPE, 3, 1.0)
     schedule = CacheSchedule.from_string("FFK" + "F" * 7)
