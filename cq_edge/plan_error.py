@@ -65,9 +65,10 @@ def noise_powers(
         ScheduleError: The noise scheduler is not that of the table.
     """
     table.require_for(noise_scheduler)
-    every, computed = CacheSchedule.all_full(len(table.timesteps)), table.without_forecast_share()
+    every = CacheSchedule.all_full(len(table.timesteps))
+    computed = table.without_corrections(cache=False)
     (power,) = _Walk(computed, noise_scheduler, [every]).powers()
-    scale = computed.reuse_errors().parts(every).noise / power if power else 1.0
+    scale = table.reuse_errors().parts(every).noise / power if power else 1.0
     scaled: NDArray[np.float64] = _Walk(table, noise_scheduler, schedules).powers() * scale
     return scaled
 

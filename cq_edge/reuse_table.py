@@ -173,7 +173,7 @@ class ReuseTable:
         shallow = self.errors(objective)
         if objective == OBJECTIVES[0]:
             skip, unguided = self._moved("skip"), self._moved("unguided")
-            noise = noise_by_mode(self._mixed, self.noise_influence, self.guidance_scale)
+            noise = noise_by_mode(self.own, self.noise_influence, self.guidance_scale)
             return ReuseErrors(shallow, skip, unguided, noise, self._across)
         never = np.zeros((len(shallow), 1))
         return ReuseErrors(shallow, never, never)
@@ -230,12 +230,9 @@ class ReuseTable:
             )
         if quantisation:
             gain, bias = np.ones_like(self.output_gain), np.zeros_like(self.output_bias)
-            table = replace(table, output_gain=gain, output_bias=bias).without_forecast_share()
+            share = np.zeros_like(self.forecast_share)
+            table = replace(table, output_gain=gain, output_bias=bias, forecast_share=share)
         return table
-
-    def without_forecast_share(self) -> Self:
-        """Returns the table with full steps that are wholly computed."""
-        return replace(self, forecast_share=np.zeros_like(self.forecast_share))
 
     def save(self, path: Path) -> None:
         """Writes the table as a NumPy archive (.npz) without pickle; equal tables, equal bytes.
@@ -306,11 +303,6 @@ class ReuseTable:
         earlier = np.arange(len(whole)) < len(whole) - 1
         shares = {mode: _ACROSS_UNGUIDED if mode.is_unguided else _ACROSS for mode in Mode}
         return {mode: whole * np.where(earlier, s, _ACROSS_LAST) for mode, s in shares.items()}
-
-    @property
-    def _mixed(self) -> NDArray[np.float64]:
-        """(T,): what `own` becomes by the forecast's share, after a step that was computed."""
-        return (1 - self.forecast_share) * self.own
 
     def _steps(self, squares: NDArray[np.float64]) -> NDArray[np.int64]:
         """Returns (T, G+1): the step that each entry is about."""

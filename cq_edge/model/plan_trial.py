@@ -84,8 +84,7 @@ def scaled_to_trial(
     """
     all_full = CacheSchedule.all_full(len(table.timesteps))
     quantised = typical_distance(full_finals, exact_finals)
-    noise = table.without_forecast_share().reuse_errors().total(all_full)
-    scale = _ratio(_FRESH * quantised, noise)
+    scale = _ratio(_FRESH * quantised, table.reuse_errors().total(all_full))
     shared = (1 - _FRESH) * quantised
     table = replace(
         table,

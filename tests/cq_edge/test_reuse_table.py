@@ -106,8 +106,7 @@ def test_errors_are_those_of_the_objective_asked_for():
 
 def test_every_step_full_errs_by_its_noise_alone():
     given, every = table(), CacheSchedule.all_full(T)
-    mixed = (1 - given.forecast_share) * given.noise_pred[:, 0]
-    moved = np.sqrt(mixed) * given.noise_influence
+    moved = np.sqrt(given.noise_pred[:, 0]) * given.noise_influence
     noise = moved @ moved + 2 * 0.26 * 0.73 * (moved[1:] @ moved[:-1])
     assert given.reuse_errors().parts(every) == (0, pytest.approx(noise))
     assert given.reuse_errors("feature_l1").total(every) == 0

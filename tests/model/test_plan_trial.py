@@ -113,8 +113,7 @@ def test_the_table_is_scaled_to_what_two_plans_really_err_by(skips):
     assert np.ptp(scaled.reuse_influence) == np.ptp(scaled.noise_influence) == 0
     errors = scaled.reuse_errors()
     shared = scaled.base_error - table.base_error
-    computed = scaled.without_forecast_share().reuse_errors()
-    full_error = computed.total(CacheSchedule.all_full(steps))
+    full_error = errors.total(CacheSchedule.all_full(steps))
     assert [full_error, shared] == pytest.approx([0.88e-6, 0.12e-6], rel=1e-3)
     noisy = replace(table, noise_influence=scaled.noise_influence)
     costs = dict(zip(Mode, (1, 0.1, 0, 0.5, 0.05), strict=True))

@@ -244,7 +244,8 @@ def test_an_unguided_step_runs_for_the_prompt_alone_and_forecasts_the_difference
 def test_a_skip_step_beyond_what_was_measured_takes_the_last_prediction(measured: bool) -> None:
     nothing = np.zeros((STEPS, 1))
     weight = np.zeros((STEPS, 2, 1), np.float32)
-    table = replace(reuse_table(), skip=nothing, skip_weight=weight).without_forecast_share()
+    table = replace(reuse_table(), skip=nothing, skip_weight=weight)
+    table = table.without_corrections(cache=False)
     scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
     start = initial_latents(SHAPE, 3, 1.0)
     schedule = CacheSchedule.from_string("FFK" + "F" * 7)
