@@ -116,9 +116,8 @@ class _Walk:
         self._shallow = _where(schedules, lambda mode: mode.is_shallow)
         self._skip = _where(schedules, lambda mode: mode is Mode.SKIP)
         self._unguided = _where(schedules, lambda mode: mode.is_unguided)
-        guided = _where(schedules, lambda mode: mode is Mode.FULL)
-        follows = np.pad(~self._skip[:, :-1], ((0, 0), (1, 0)))
-        self._share = table.forecast_share * (guided & follows)
+        shares = np.array([table.forecast_shares(schedule) for schedule in schedules])
+        self._forecast = np.where(self._skip, 1.0, shares)
         self._total = len(table.timesteps)
         self._followed = min(_LAST, self._total)
         plans, sources = len(schedules), _KINDS * self._followed
@@ -149,20 +148,20 @@ class _Walk:
         seen = self._noise_scheduler.model_input(latents, step)
         answer = seen * noise_response(self._noise_scheduler, step)
         deep, near = self._sources(step)
-        computed = (1 - _SHALLOW_ANSWER) * answer
+        deeper = (1 - _SHALLOW_ANSWER) * answer
         prompt_feature = self._prompt.at(step, table.feature_weight)
-        prompt_feature = np.where(full[:, None], computed + deep[0], prompt_feature)
+        prompt_feature = np.where(full[:, None], deeper + deep[0], prompt_feature)
         both = full & ~unguided
         negative_feature = self._negative.at(step, table.feature_weight)
-        negative_feature = np.where(both[:, None], computed + deep[1], negative_feature)
+        negative_feature = np.where(both[:, None], deeper + deep[1], negative_feature)
         prompt = prompt_feature + _SHALLOW_ANSWER * answer + near[0]
         negative = negative_feature + _SHALLOW_ANSWER * answer + near[1]
         forecast = self._difference.at(step, table.unguided_weight)
         difference = np.where(unguided[:, None], forecast, prompt - negative)
         forecast = self._predictions.at(step, table.skip_weight)
-        share = np.where(skip, 1.0, self._share[:, step])[:, None]
-        prediction = prompt + (scale - 1) * difference
-        prediction = prediction + share * (forecast - prediction) + self._reused(step)
+        share = self._forecast[:, step, None]
+        computed = prompt + (scale - 1) * difference
+        prediction: Noise = computed + share * (forecast - computed) + self._reused(step)
         self._prompt.after(step, prompt_feature, full)
         self._negative.after(step, negative_feature, both)
         self._difference.after(step, difference, ~skip & ~unguided)
@@ -186,16 +185,15 @@ class _Walk:
         if (place := self._place(step)) < 0:
             return self._nothing
         power = np.zeros(len(self._nothing))
-        forecast = np.where(self._skip, 1.0, self._share**2)
-        for name, of_step, line, share in (
+        for name, part, line, share in (
             ("noise_pred", self._shallow, self._prompt, _AS_NOISE),
-            ("skip", forecast, self._predictions, _AS_NOISE),
+            ("skip", self._forecast**2, self._predictions, _AS_NOISE),
             ("unguided", self._unguided, self._difference, _AS_NOISE_UNGUIDED),
         ):
             added = self._added[name]
             gap = np.minimum(step - line.last, added.shape[1] - 1)
-            known = of_step[:, step] > 0
-            power[known] += (of_step[:, step] * share * added[line.last, gap])[known]
+            of_step = share * part[:, step]
+            power += np.where(of_step > 0, of_step * added[line.last, gap], 0.0)
         reused = np.zeros((len(power), _KINDS, self._followed))
         reused[:, -1, place] = SMALL * np.sqrt(power)
         return reused.reshape(self._nothing.shape)

@@ -54,23 +54,25 @@ def noise_by_mode(
 
 
 def forecast_share(
-    own: NDArray[np.float64], skip: NDArray[np.float64]
+    noise_pred: NDArray[np.float64], skip: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """Returns (T,) float32, 0 to 1: how much of a full step's prediction to take from its forecast
-    where the step before was computed.
+    """Returns (T, G+1) float32, 0 to 1, as `ReuseTable.forecast_share`.
 
     Of two estimates whose errors are not alike, the best mean weighs each by the inverse of its
-    mean squared error. What a full step's graph errs by is its new noise, what its forecast errs by
-    is the noise of the steps before and what has changed since.
+    mean squared error. What a full step's graph errs by is its new noise; what its forecast errs by
+    is the noise of the steps before, what has changed since, and what reuse adds to the last.
 
     Args:
-        own: (T,) mean squared errors of full steps.
+        noise_pred: (T, G+1) mean squared errors of steps i + g that reuse step i.
         skip: (T, R+1) those of forecasts, of step i + g from step i.
     """
-    share = np.zeros(len(own), np.float32)
-    if skip.shape[1] > 1:
-        both = own[1:] + skip[:-1, 1]
-        share[1:] = np.divide(own[1:], both, out=np.zeros_like(both), where=both > 0)
+    share = np.zeros(noise_pred.shape, np.float32)
+    for anchor, gap in np.argwhere(np.isfinite(noise_pred)):
+        last = anchor + gap
+        if skip.shape[1] > 1 and last + 1 < len(noise_pred):
+            own, of_last = noise_pred[last + 1, 0], noise_pred[last, 0]
+            forecast = skip[last, 1] + max(noise_pred[anchor, gap] - of_last, 0)
+            share[anchor, gap] = own / (own + forecast) if own > 0 else 0
     return share
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cq_edge.cache_schedule import Mode
+from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.correction import ChannelCorrection, ShallowCorrection
 from cq_edge.errors import (
     BundleError,
@@ -75,8 +75,9 @@ class ReuseTable:
             last changed, `cq_edge.forecast.Weights`; 0 takes the anchor's as it is.
         skip_weight: (T, R+2, R+1) float32: likewise the noise prediction of skip steps.
         unguided_weight: (T, U+2, U+1) float32: and what the negative prompt changes.
-        forecast_share: (T,) float32, 0 to 1: of a full step that follows a computed one, how much
-            of its noise prediction is the forecast's rather than the graph's.
+        forecast_share: (T, G+1) float32, 0 to 1: how much of the noise prediction of a full step
+            is the forecast's rather than the graph's, where the step before it is step i + g and
+            computed.
         gain: (T, G+1, C) float32 over the C channels of the cached feature.
         bias: (T, G+1, C) float32.
         output_gain: (T, G+1, 2·C') float32 over the channels of the layers that consume it.
@@ -213,6 +214,21 @@ class ReuseTable:
             ChannelCorrection(self.output_gain[anchor, gap], self.output_bias[anchor, gap]),
         )
 
+    def forecast_shares(self, schedule: CacheSchedule) -> NDArray[np.float32]:
+        """Returns (T,) how much of each computed step's noise prediction is the forecast's: of full
+        steps after a computed one, where that was measured; 0 of all others.
+
+        Args:
+            schedule: Of the table's T steps.
+        """
+        shares = np.zeros(len(schedule), np.float32)
+        for step, mode in enumerate(schedule.modes[1:], start=1):
+            anchor = schedule.anchors[step - 1]
+            gap = step - 1 - anchor
+            if mode.is_full and schedule.modes[step - 1] is not Mode.SKIP and gap <= self.max_gap:
+                shares[step] = self.forecast_share[anchor, gap]
+        return shares
+
     def without_corrections(self, *, cache: bool = True, quantisation: bool = True) -> Self:
         """Returns the table with corrections that change nothing: gain 1, bias 0.
 
@@ -310,8 +326,8 @@ class ReuseTable:
         return np.minimum(step, len(squares) - 1)
 
     def _check_shapes(self) -> None:
-        two = dict.fromkeys(_ERRORS, 2)
-        one = dict.fromkeys(("timesteps", *_INFLUENCES, "forecast_share"), 1)
+        two = dict.fromkeys((*_ERRORS, "forecast_share"), 2)
+        one = dict.fromkeys(("timesteps", *_INFLUENCES), 1)
         dims = {**one, **two, **dict.fromkeys((*_WEIGHTS, *_CORRECTIONS), 3)}
         for name, ndim in dims.items():
             array = getattr(self, name)
@@ -328,12 +344,22 @@ class ReuseTable:
         forecasts = [(step_count, shapes[name][1]) for name in ("skip", "unguided")]
         reach = [(step_count, gaps + 1, gaps) for gaps in (columns, *(c for _, c in forecasts))]
         row = (step_count,)
-        if list(shapes.values()) != [row, row, row, row, pairs, pairs, *forecasts, *reach, *whole]:
+        if list(shapes.values()) != [
+            row,
+            row,
+            row,
+            pairs,
+            pairs,
+            *forecasts,
+            pairs,
+            *reach,
+            *whole,
+        ]:
             found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise CalibrationError(
                 f"{found} of a reuse table do not belong together: they must be (T,) "
-                "four times, (T, G+1) twice, (T, R+1), (T, U+1), (T, G+2, G+1), (T, R+2, R+1), "
-                "(T, U+2, U+1), (T, G+1, C) twice, and (T, G+1, 2C') twice"
+                "three times, (T, G+1) twice, (T, R+1), (T, U+1), (T, G+1), (T, G+2, G+1), "
+                "(T, R+2, R+1), (T, U+2, U+1), (T, G+1, C) twice, and (T, G+1, 2C') twice"
             )
 
     def _check_entries(self) -> None:

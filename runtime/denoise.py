@@ -98,7 +98,7 @@ def denoise(
         latents: (1, 4, h, w) float32: noise times `noise_scheduler.init_noise_sigma`.
         guidance: The prompts' embeddings and the scale.
         reuse_table: Holds the corrections of the shallow steps, which need it, how far forecasts
-            follow their line, and their shares in full steps; without it those have none.
+            follow their line, and their shares in full steps, which have none without it.
         noise: Standard normal noise of the latents' shape, as often as it is asked for; only
             noise schedulers with `fresh_noise` ask.
 
@@ -113,7 +113,7 @@ def denoise(
     if any(noise_scheduler.fresh_noise) and noise is None:
         raise ScheduleError(f"{noise_scheduler.name} adds noise after its steps: give it some")
     corrections = _corrections(cache_schedule, reuse_table)
-    denoiser = _Denoiser(engine, guidance, reuse_table)
+    denoiser = _Denoiser(engine, guidance, cache_schedule, reuse_table)
     fresh = iter(()) if noise is None else noise
     return _steps(denoiser, noise_scheduler, cache_schedule, latents, corrections, fresh)
 
@@ -152,14 +152,15 @@ class _Denoiser:
         self,
         engine: Engine,
         guidance: Guidance,
+        cache_schedule: CacheSchedule,
         reuse_table: ReuseTable | None,
     ) -> None:
         self._engine = engine
         self._guidance = guidance
         self._weights: dict[str, Weights] = {}
-        self._share: NDArray[np.float32] | None = None
+        self._shares = np.zeros(len(cache_schedule), np.float32)
         if reuse_table is not None:
-            self._share = reuse_table.forecast_share
+            self._shares = reuse_table.forecast_shares(cache_schedule)
             self._weights = {
                 "feature": reuse_table.feature_weight,
                 "skip": reuse_table.skip_weight,
@@ -195,18 +196,10 @@ class _Denoiser:
         else:
             predictions = self._shallow(step, inputs, branches, correction)
         noise_pred = self._guided(predictions, step)
-        if mode.is_full and len(branches) == len(self._guidance.branches):
-            noise_pred = self._with_forecast(noise_pred, step)
+        if share := self._shares[step]:
+            noise_pred = noise_pred + share * (self.forecast(step) - noise_pred)
         self._predictions = self._predictions.after(step, noise_pred)
         return noise_pred
-
-    def _with_forecast(self, noise_pred: FloatArray, step: int) -> FloatArray:
-        """Returns what quantised layers gave, less of their noise after a step that was computed:
-        its forecast goes on from steps whose noise is another."""
-        follows = self._predictions.points[:1] and self._predictions.points[0][0] == step - 1
-        if self._share is None or not follows:
-            return noise_pred
-        return noise_pred + self._share[step] * (self.forecast(step) - noise_pred)
 
     def _full(
         self, step: int, inputs: dict[str, FloatArray], branches: tuple[Context, ...]

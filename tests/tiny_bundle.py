@@ -124,7 +124,7 @@ def reuse_table(noise_scheduler: str = "ddim", steps: int = STEPS) -> ReuseTable
         feature_weight=_weights(noise_pred, 0.6),
         skip_weight=_weights(skip, 0.75),
         unguided_weight=_weights(unguided, 0.5),
-        forecast_share=np.full(len(timesteps), 0.25, np.float32),
+        forecast_share=np.full(shape, 0.25, np.float32),
         gain=gain,
         bias=bias,
         output_gain=output_gain,

@@ -155,7 +155,7 @@ def capture(
         feature_weight=weights,
         skip_weight=skip,
         unguided_weight=negative,
-        forecast_share=forecast_share(noise_pred[:, 0], skip_error),
+        forecast_share=forecast_share(noise_pred, skip_error),
         gain=cache.gain,
         bias=cache.bias,
         output_gain=quantisation.gain,

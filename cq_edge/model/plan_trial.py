@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
@@ -120,9 +121,14 @@ class _Planned:
     table: ReuseTable
     schedule: CacheSchedule
     branches: int
+    _shares: NDArray[np.float32] = field(init=False)
     _calls: int = 0
     _features: dict[int, Forecast] = field(default_factory=dict)
     _predictions: dict[int, Forecast] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Looks the schedule's shares of forecasts up."""
+        self._shares = self.table.forecast_shares(self.schedule)
 
     def __call__(
         self, latents: Tensor, timestep: Tensor, *context: Tensor
@@ -135,9 +141,8 @@ class _Planned:
         if mode is Mode.FULL:
             noise_pred, feature = self.loop.full(latents, timestep, *context)
             self._features[branch] = features.after(step, feature)
-            if step and self.schedule.modes[step - 1] is not Mode.SKIP:
+            if share := float(self._shares[step]):
                 forecast = self._predictions[branch].at(step, self.table.skip_weight)
-                share = float(self.table.forecast_share[step])
                 noise_pred = torch.lerp(noise_pred, forecast, share)
         else:
             feature = features.at(step, self.table.feature_weight)

@@ -28,7 +28,7 @@ def table(noise_scheduler=SCHEDULER, scale=SCALE):
     feature_l1 = errors[0] * (np.arange(gaps[0]) > 0)
     weights = [rng.uniform(-0.5, 0.5, (total, g + 1, g)).astype(np.float32) for g in gaps]
     ones = np.ones((total, gaps[0], 2), np.float32)
-    share = rng.uniform(0, 1, total).astype(np.float32)
+    share = rng.uniform(0, 1, errors[0].shape).astype(np.float32)
     influences = (rng.uniform(-1, 1, total), rng.uniform(0, 1, total))
     return ReuseTable(
         noise_scheduler.name, noise_scheduler.steps, scale, 0.25, noise_scheduler.timesteps,
@@ -73,8 +73,9 @@ def moved(given, scheduler, schedule, kind, source):
                 apart = said["prompt"] - said["negative"]
                 difference = difference.after(step, apart)
             noise_pred = said["prompt"] + (given.guidance_scale - 1) * apart
-            if mode is Mode.FULL and step and schedule.modes[step - 1] is not Mode.SKIP:
-                share = given.forecast_share[step]
+            if mode.is_full and step and schedule.modes[step - 1] is not Mode.SKIP:
+                anchor = schedule.anchors[step - 1]
+                share = given.forecast_share[anchor, step - 1 - anchor]
                 noise_pred += share * (predictions.at(step, given.skip_weight) - noise_pred)
                 reused += AS_NOISE * share**2 * given.added("skip")[step - 1, 1]
         noise_pred += TINY * np.sqrt(reused) * (here == ("reused", ""))

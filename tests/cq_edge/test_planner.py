@@ -43,7 +43,7 @@ def random_table(seed, steps=8, max_gap=3, base_error=0.0, name="ddim"):
         name, steps, 5.0, base_error, timesteps, *2 * [np.ones(steps)], errors, 3 * errors,
         2 * errors[:, :3], 0.7 * errors[:, :2],
         *(no_forecast(steps, columns) for columns in (max_gap + 1, 3, 2)),
-        np.zeros(steps, np.float32), *4 * [ones],
+        np.zeros(errors.shape, np.float32), *4 * [ones],
     )  # fmt: skip
 
 

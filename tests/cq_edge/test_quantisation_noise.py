@@ -50,16 +50,21 @@ def test_every_mode_has_what_it_adds():
 
 def test_a_forecast_has_the_share_that_errs_least_of_what_was_measured():
     rng = np.random.default_rng(0)
-    own, skip = rng.uniform(0.5, 1, 4), rng.uniform(0.5, 3, (4, 3))
-    found = forecast_share(own, skip)
+    noise_pred, skip = rng.uniform(0.5, 1, (4, 3)), rng.uniform(0.5, 3, (4, 3))
+    anchor, gap = np.indices(noise_pred.shape)
+    noise_pred[anchor + gap > 3] = np.nan
+    found = forecast_share(noise_pred, skip)
     assert found.dtype == np.float32
-    assert found[0] == 0
-    for step in (1, 2, 3):
-        shares = np.linspace(0, 1, 1001)
-        left = (1 - shares) ** 2 * own[step] + shares**2 * skip[step - 1, 1]
-        assert found[step] == pytest.approx(shares[left.argmin()], abs=1e-3)
+    np.testing.assert_array_equal(found[anchor + gap > 2], 0)
+    shares = np.linspace(0, 1, 1001)
+    for i, g in np.argwhere(anchor + gap <= 2):
+        added = max(noise_pred[i, g] - noise_pred[i + g, 0], 0)
+        left = (1 - shares) ** 2 * noise_pred[i + g + 1, 0]
+        left += shares**2 * (skip[i + g, 1] + added)
+        assert found[i, g] == pytest.approx(shares[left.argmin()], abs=1e-3)
 
 
-@pytest.mark.parametrize("skip", [np.zeros((4, 1)), np.zeros((4, 2))])
+@pytest.mark.parametrize("skip", [np.ones((4, 1)), np.zeros((4, 2))])
 def test_where_no_forecast_was_measured_or_nothing_errs_it_has_none(skip):
-    np.testing.assert_array_equal(forecast_share(np.zeros(4), skip), 0)
+    noise_pred = np.full((4, 2), float(skip.any()))
+    np.testing.assert_array_equal(forecast_share(noise_pred, skip), 0)

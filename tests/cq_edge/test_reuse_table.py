@@ -27,7 +27,7 @@ def table():
     timesteps = np.linspace(900, 1, T, dtype=np.float32)
     skip, unguided = 2 * noise_pred[:, :2], 3 * noise_pred
     weights = [rng.uniform(0, 1, (T, n + 1, n)).astype(np.float32) for n in (G + 1, 2, G + 1)]
-    share = np.linspace(0, 0.5, T, dtype=np.float32)
+    share = np.linspace(0, 0.5, T * (G + 1), dtype=np.float32).reshape(T, G + 1)
     errors = (noise_pred, feature_l1, skip, unguided, *weights, share)
     influences = np.linspace(-1, 2, T), np.linspace(1, 2, T)
     corrections = (gain, bias, output_gain, output_bias)
@@ -161,12 +161,12 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
         ),
         (
             {"bias": np.ones((T, G + 1, C + 1), np.float32)},
-            "timesteps (5,), noise_influence (5,), reuse_influence (5,), forecast_share (5,), "
-            "noise_pred (5, 3), feature_l1 (5, 3), skip (5, 2), unguided (5, 3), feature_weight (5, 4, 3), "
-            "skip_weight (5, 3, 2), unguided_weight (5, 4, 3), gain (5, 3, 3), bias (5, 3, 4), "
+            "timesteps (5,), noise_influence (5,), reuse_influence (5,), noise_pred (5, 3), "
+            "feature_l1 (5, 3), skip (5, 2), unguided (5, 3), forecast_share (5, 3), "
+            "feature_weight (5, 4, 3), skip_weight (5, 3, 2), unguided_weight (5, 4, 3), gain (5, 3, 3), bias (5, 3, 4), "
             "output_gain (5, 3, 6), output_bias (5, 3, 6) of a reuse table do not belong "
-            "together: they must be (T,) four times, (T, G+1) twice, (T, R+1), (T, U+1), "
-            "(T, G+2, G+1), (T, R+2, R+1), (T, U+2, U+1), (T, G+1, C) twice, and "
+            "together: they must be (T,) three times, (T, G+1) twice, (T, R+1), (T, U+1), "
+            "(T, G+1), (T, G+2, G+1), (T, R+2, R+1), (T, U+2, U+1), (T, G+1, C) twice, and "
             "(T, G+1, 2C') twice",
         ),
         (
@@ -174,11 +174,11 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
             "skip_weight of a reuse table must hold numbers alone",
         ),
         (
-            changed("forecast_share", 2, 1.5),
+            changed("forecast_share", (2, 1), 1.5),
             "forecast_share of a reuse table must lie in 0 to 1",
         ),
         (
-            changed("forecast_share", 2, np.nan),
+            changed("forecast_share", (2, 1), np.nan),
             "forecast_share of a reuse table must lie in 0 to 1",
         ),
         (
@@ -303,6 +303,16 @@ def test_pickle_is_never_run(tmp_path):
     saved(path, noise_scheduler=np.array([Detonator()], dtype=object))
     with pytest.raises(BundleError, match="is not a reuse table: Object arrays cannot be loaded"):
         ReuseTable.load(path)
+
+
+def test_full_steps_after_a_computed_one_have_a_share_of_forecasts_as_measured():
+    share = table().forecast_share
+    found = table().forecast_shares(CacheSchedule.from_string("FFSFK"))
+    np.testing.assert_array_equal(found, [0, share[0, 0], 0, share[1, 1], 0])
+    found = table().forecast_shares(CacheSchedule.from_string("FKFfs"))
+    np.testing.assert_array_equal(found, [0, 0, 0, share[2, 0], 0])
+    beyond = table().forecast_shares(CacheSchedule.from_string("FSSSF"))
+    np.testing.assert_array_equal(beyond, 0)
 
 
 @pytest.mark.parametrize(("cache", "quantisation"), [(True, True), (True, False), (False, True)])

@@ -61,7 +61,7 @@ def _table(steps, max_gap, skip):
     return ReuseTable(
         "ddim", steps, 1.0, 0.125, _loop(steps).noise_scheduler.timesteps,
         *2 * [np.ones(steps)], errors, errors, skip, never, quarter, half, none,
-        np.full(steps, 0.375, np.float32), *2 * [ones, zeros],
+        np.full(errors.shape, 0.375, np.float32), *2 * [ones, zeros],
     )  # fmt: skip
 
 

@@ -226,6 +226,7 @@ def test_an_unguided_step_runs_for_the_prompt_alone_and_forecasts_the_difference
     found = records("FFfs" + "F" * 6, engine=engine)
     assert engine.calls[4:6] == ["denoise", "denoise_shallow"]
     latents, line, history = initial_latents(SHAPE, 3, 1.0), Forecast(), ()
+    guesses = Forecast()
     for step in range(3):
         negative, prompt = full_by_hand(scheduler, latents, step)
         difference = prompt - negative
@@ -234,8 +235,8 @@ def test_an_unguided_step_runs_for_the_prompt_alone_and_forecasts_the_difference
         else:
             difference = line.at(step, WEIGHTS / 1.5)
         guided = (prompt + 4 * difference).astype(np.float32)
-        guided += SHARE * (last - guided) if step == 1 else 0
-        last = guided
+        guided += SHARE * (guesses.at(step, WEIGHTS) - guided) if step else 0
+        guesses = guesses.after(step, guided)
         latents, history = scheduler.advance(latents, guided, step, history)
         np.testing.assert_allclose(found[step].latents, latents, rtol=1e-4, atol=1e-5)
 
