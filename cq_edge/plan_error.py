@@ -33,7 +33,8 @@ reused in them."""
 _KINDS = 5
 
 Noise = NDArray[np.float64]
-"""(P, S) of P plans: by how much each of S independent sources moves a value."""
+"""(P, S) of P plans: by how much each of S independent sources moves a value; (P, 1) of zeros
+where none has yet."""
 
 
 def plan_errors(
@@ -76,9 +77,9 @@ def noise_powers(
 class _Line:
     """`Forecast` of many plans at once, each with steps of its own."""
 
-    def __init__(self, plans: int, sources: int) -> None:
-        self.last = self._before = np.full(plans, -1)
-        self._value = self._earlier = np.zeros((plans, sources))
+    def __init__(self, nothing: Noise) -> None:
+        self.last = self._before = np.full(len(nothing), -1)
+        self._value = self._earlier = nothing
 
     def at(self, step: int, weights: Weights) -> Noise:
         """Returns what to expect at a step."""
@@ -120,10 +121,9 @@ class _Walk:
         self._forecast = np.where(self._skip, 1.0, shares)
         self._total = len(table.timesteps)
         self._followed = min(_LAST, self._total)
-        plans, sources = len(schedules), _KINDS * self._followed
-        lines = (_Line(plans, sources) for _ in range(4))
+        self._nothing = np.zeros((len(schedules), 1))  # of any number of sources
+        lines = (_Line(self._nothing) for _ in range(4))
         self._prompt, self._negative, self._difference, self._predictions = lines
-        self._nothing = np.zeros((plans, sources))
         self._added = {name: table.added(name) for name in ("noise_pred", "skip", "unguided")}
 
     def powers(self) -> NDArray[np.float64]:
@@ -169,14 +169,16 @@ class _Walk:
         return prediction
 
     def _sources(self, step: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Returns (2, S) each: what the deep and the shallow layers add, of both branches."""
+        """Returns (2, S) each: what the deep and the shallow layers add, of both branches; (2, 1)
+        before the steps that are followed."""
+        if (place := self._place(step)) < 0:
+            return np.zeros((2, 1)), np.zeros((2, 1))
         sources = np.zeros((2, 2, _KINDS, self._followed))
-        if (place := self._place(step)) >= 0:
-            branch = self._table.own[step] * one_branch(self._table.guidance_scale)
-            for part, share in enumerate((1 - _SHALLOW_NOISE, _SHALLOW_NOISE)):
-                for number in range(2):
-                    moved = SMALL * np.sqrt(share * branch)
-                    sources[part, number, 2 * part + number, place] = moved
+        branch = self._table.own[step] * one_branch(self._table.guidance_scale)
+        for part, share in enumerate((1 - _SHALLOW_NOISE, _SHALLOW_NOISE)):
+            for number in range(2):
+                moved = SMALL * np.sqrt(share * branch)
+                sources[part, number, 2 * part + number, place] = moved
         deep, near = sources.reshape(2, 2, -1)
         return deep, near
 
@@ -196,7 +198,7 @@ class _Walk:
             power += np.where(of_step > 0, of_step * added[line.last, gap], 0.0)
         reused = np.zeros((len(power), _KINDS, self._followed))
         reused[:, -1, place] = SMALL * np.sqrt(power)
-        return reused.reshape(self._nothing.shape)
+        return reused.reshape(len(power), -1)
 
     def _place(self, step: int) -> int:
         """Returns which of the steps that are followed it is; below 0 before them."""

@@ -222,11 +222,12 @@ class ReuseTable:
             schedule: Of the table's T steps.
         """
         shares = np.zeros(len(schedule), np.float32)
-        for step, mode in enumerate(schedule.modes[1:], start=1):
-            anchor = schedule.anchors[step - 1]
-            gap = step - 1 - anchor
-            if mode.is_full and schedule.modes[step - 1] is not Mode.SKIP and gap <= self.max_gap:
-                shares[step] = self.forecast_share[anchor, gap]
+        before = zip(schedule.modes, schedule.anchors, strict=True)
+        for last, (mode, (mode_before, anchor)) in enumerate(
+            zip(schedule.modes[1:], before, strict=False)
+        ):
+            if mode.is_full and mode_before is not Mode.SKIP and last - anchor <= self.max_gap:
+                shares[last + 1] = self.forecast_share[anchor, last - anchor]
         return shares
 
     def without_corrections(self, *, cache: bool = True, quantisation: bool = True) -> Self:

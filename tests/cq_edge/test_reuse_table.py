@@ -163,7 +163,8 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
             {"bias": np.ones((T, G + 1, C + 1), np.float32)},
             "timesteps (5,), noise_influence (5,), reuse_influence (5,), noise_pred (5, 3), "
             "feature_l1 (5, 3), skip (5, 2), unguided (5, 3), forecast_share (5, 3), "
-            "feature_weight (5, 4, 3), skip_weight (5, 3, 2), unguided_weight (5, 4, 3), gain (5, 3, 3), bias (5, 3, 4), "
+            "feature_weight (5, 4, 3), skip_weight (5, 3, 2), unguided_weight (5, 4, 3), "
+            "gain (5, 3, 3), bias (5, 3, 4), "
             "output_gain (5, 3, 6), output_bias (5, 3, 6) of a reuse table do not belong "
             "together: they must be (T,) three times, (T, G+1) twice, (T, R+1), (T, U+1), "
             "(T, G+1), (T, G+2, G+1), (T, R+2, R+1), (T, U+2, U+1), (T, G+1, C) twice, and "
