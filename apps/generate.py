@@ -64,7 +64,7 @@ class _Recipe:
 
     noise_scheduler: NoiseScheduler
     cache_schedule: CacheSchedule
-    reuse_table: ReuseTable | None  # None where no step is shallow and none was measured
+    reuse_table: ReuseTable | None  # None where none was measured
     guidance_scale: float
     negative_prompt: str
     choices: tuple[ReuseTable, ...] = ()  # of what a budget may be spent on
@@ -310,7 +310,7 @@ def _make(engine: Engine, bundle: Bundle, recipe: _Recipe, guidance: Guidance, j
     loops = [_denoised(engine, bundle, recipe, guidance, job.seed, job.path.stem)]
     if job.beside_path is not None:
         total_steps = len(recipe.cache_schedule.modes)
-        full = replace(recipe, cache_schedule=CacheSchedule.all_full(total_steps), reuse_table=None)
+        full = replace(recipe, cache_schedule=CacheSchedule.all_full(total_steps))
         title = f"{job.path.stem}, every step full"
         loops.append(_denoised(engine, bundle, full, guidance, job.seed, title))
     # at 512×512 the decoder needs as much memory as the denoiser: never both

@@ -67,10 +67,10 @@ def noise_powers(
     """
     table.require_for(noise_scheduler)
     every = CacheSchedule.all_full(len(table.timesteps))
-    computed = table.without_corrections(cache=False)
-    (power,) = _Walk(computed, noise_scheduler, [every]).powers()
-    scale = table.reuse_errors().parts(every).noise / power if power else 1.0
-    scaled: NDArray[np.float64] = _Walk(table, noise_scheduler, schedules).powers() * scale
+    shares = [np.zeros(len(every)), *map(table.shares_in, schedules)]
+    powers = _Walk(table, noise_scheduler, [every, *schedules], np.array(shares)).powers()
+    scale = table.reuse_errors().parts(every).noise / powers[0] if powers[0] else 1.0
+    scaled: NDArray[np.float64] = powers[1:] * scale
     return scaled
 
 
@@ -111,14 +111,15 @@ class _Walk:
         table: ReuseTable,
         noise_scheduler: NoiseScheduler,
         schedules: Sequence[CacheSchedule],
+        shares: NDArray[np.floating],
     ) -> None:
+        """Takes (P, T) `shares` of forecasts in full steps beside the table and the schedules."""
         self._table, self._noise_scheduler = table, noise_scheduler
         self._full = _where(schedules, lambda mode: mode.is_full)
         self._shallow = _where(schedules, lambda mode: mode.is_shallow)
         self._skip = _where(schedules, lambda mode: mode is Mode.SKIP)
         self._unguided = _where(schedules, lambda mode: mode.is_unguided)
-        shares = np.array([table.forecast_shares(schedule) for schedule in schedules])
-        self._forecast = np.where(self._skip, 1.0, shares)
+        self._forecast_share = np.where(self._skip, 1.0, shares)
         self._total = len(table.timesteps)
         self._followed = min(_LAST, self._total)
         self._nothing = np.zeros((len(schedules), 1))  # of any number of sources
@@ -159,7 +160,7 @@ class _Walk:
         forecast = self._difference.at(step, table.unguided_weight)
         difference = np.where(unguided[:, None], forecast, prompt - negative)
         forecast = self._predictions.at(step, table.skip_weight)
-        share = self._forecast[:, step, None]
+        share = self._forecast_share[:, step, None]
         computed = prompt + (scale - 1) * difference
         prediction: Noise = computed + share * (forecast - computed) + self._reused(step)
         self._prompt.after(step, prompt_feature, full)
@@ -189,12 +190,12 @@ class _Walk:
         power = np.zeros(len(self._nothing))
         for name, part, line, share in (
             ("noise_pred", self._shallow, self._prompt, _AS_NOISE),
-            ("skip", self._forecast**2, self._predictions, _AS_NOISE),
+            ("skip", self._forecast_share, self._predictions, _AS_NOISE),
             ("unguided", self._unguided, self._difference, _AS_NOISE_UNGUIDED),
         ):
             added = self._added[name]
             gap = np.minimum(step - line.last, added.shape[1] - 1)
-            of_step = share * part[:, step]
+            of_step = share * np.square(part[:, step], dtype=float)
             power += np.where(of_step > 0, of_step * added[line.last, gap], 0.0)
         reused = np.zeros((len(power), _KINDS, self._followed))
         reused[:, -1, place] = SMALL * np.sqrt(power)

@@ -54,25 +54,28 @@ def noise_by_mode(
 
 
 def forecast_share(
-    noise_pred: NDArray[np.float64], skip: NDArray[np.float64]
+    noise_pred: NDArray[np.float64],
+    forecast: NDArray[np.float64],
+    common: NDArray[np.float64],
 ) -> NDArray[np.float32]:
-    """Returns (T, G+1) float32, 0 to 1, as `ReuseTable.forecast_share`.
-
-    Of two estimates whose errors are not alike, the best mean weighs each by the inverse of its
-    mean squared error. What a full step's graph errs by is its new noise; what its forecast errs by
-    is the noise of the steps before, what has changed since, and what reuse adds to the last.
+    """Returns (T, G+1) float32, 0 to 1, as `ReuseTable.forecast_share`: the share of least squared
+    error. What a full step's graph errs by is noise that is new, or much of it; what its forecast
+    errs by is the noise of the steps before, what has changed since, and what reuse adds to the
+    last of them.
 
     Args:
         noise_pred: (T, G+1) mean squared errors of steps i + g that reuse step i.
-        skip: (T, R+1) those of forecasts, of step i + g from step i.
+        forecast: (T,) those of each step's forecast, from the two full steps before.
+        common: (T,) the mean product of a full step's error with that of its forecast.
     """
     share = np.zeros(noise_pred.shape, np.float32)
-    for anchor, gap in np.argwhere(np.isfinite(noise_pred)):
-        last = anchor + gap
-        if skip.shape[1] > 1 and last + 1 < len(noise_pred):
-            own, of_last = noise_pred[last + 1, 0], noise_pred[last, 0]
-            forecast = skip[last, 1] + max(noise_pred[anchor, gap] - of_last, 0)
-            share[anchor, gap] = own / (own + forecast) if own > 0 else 0
+    for anchor, gap in np.ndindex(noise_pred.shape):
+        step = anchor + gap + 1
+        if step < len(noise_pred):
+            reused = max(noise_pred[anchor, gap] - noise_pred[step - 1, 0], 0)
+            mended = noise_pred[step, 0] - common[step]
+            apart = mended + forecast[step] + reused - common[step]
+            share[anchor, gap] = np.clip(mended / apart, 0, 1) if apart > 0 else 0
     return share
 
 

@@ -7,6 +7,7 @@ import math
 import zipfile
 import zlib
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,9 +76,9 @@ class ReuseTable:
             last changed, `cq_edge.forecast.Weights`; 0 takes the anchor's as it is.
         skip_weight: (T, R+2, R+1) float32: likewise the noise prediction of skip steps.
         unguided_weight: (T, U+2, U+1) float32: and what the negative prompt changes.
-        forecast_share: (T, G+1) float32, 0 to 1: how much of the noise prediction of a full step
-            is the forecast's rather than the graph's, where the step before it is step i + g and
-            computed.
+        forecast_share: (T, G+1) float32, 0 to 1: of the noise prediction of a full step i + g + 1,
+            how much is the forecast's rather than the graph's, where step i + g was computed; 0
+            where there is no such step.
         gain: (T, G+1, C) float32 over the C channels of the cached feature.
         bias: (T, G+1, C) float32.
         output_gain: (T, G+1, 2·C') float32 over the channels of the layers that consume it.
@@ -214,20 +215,19 @@ class ReuseTable:
             ChannelCorrection(self.output_gain[anchor, gap], self.output_bias[anchor, gap]),
         )
 
-    def forecast_shares(self, schedule: CacheSchedule) -> NDArray[np.float32]:
-        """Returns (T,) how much of each computed step's noise prediction is the forecast's: of full
-        steps after a computed one, where that was measured; 0 of all others.
+    def shares_in(self, schedule: CacheSchedule) -> NDArray[np.float32]:
+        """Returns (T,), 0 to 1, how much of each full step's noise prediction is the forecast's
+        where the step before was computed, guided or not (measured with both guided); 0 of other
+        steps, and beyond the largest gap.
 
         Args:
             schedule: Of the table's T steps.
         """
-        shares = np.zeros(len(schedule), np.float32)
-        before = zip(schedule.modes, schedule.anchors, strict=True)
-        for last, (mode, (mode_before, anchor)) in enumerate(
-            zip(schedule.modes[1:], before, strict=False)
-        ):
-            if mode.is_full and mode_before is not Mode.SKIP and last - anchor <= self.max_gap:
-                shares[last + 1] = self.forecast_share[anchor, last - anchor]
+        shares, anchors = np.zeros(len(schedule), np.float32), schedule.anchors
+        for last, (before, mode) in enumerate(pairwise(schedule.modes)):
+            gap = last - anchors[last]
+            if mode.is_full and before is not Mode.SKIP and gap <= self.max_gap:
+                shares[last + 1] = self.forecast_share[anchors[last], gap]
         return shares
 
     def without_corrections(self, *, cache: bool = True, quantisation: bool = True) -> Self:

@@ -160,7 +160,7 @@ class _Denoiser:
         self._weights: dict[str, Weights] = {}
         self._shares = np.zeros(len(cache_schedule), np.float32)
         if reuse_table is not None:
-            self._shares = reuse_table.forecast_shares(cache_schedule)
+            self._shares = reuse_table.shares_in(cache_schedule)
             self._weights = {
                 "feature": reuse_table.feature_weight,
                 "skip": reuse_table.skip_weight,

@@ -30,7 +30,7 @@ class Method:
         engine: Runs the bundle's graphs.
         steps: Sampler steps.
         schedule: The mode of each step of the loop.
-        table: The corrections of shallow steps; None where there are no such steps.
+        table: The corrections, which shallow steps need; None runs full steps wholly computed.
         noise_scheduler: Its name; None for the bundle's own.
     """
 

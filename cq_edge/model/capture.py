@@ -139,7 +139,7 @@ def capture(
     )
     skip, negative = predictions.weights(), differences.weights()
     noise_pred = _means(error, len(prompts))
-    skip_error = _means(predictions.products.left(skip), len(prompts))
+    forecast, common = (x / len(prompts) for x in predictions.products.beside(skip))
     table = ReuseTable(
         noise_scheduler=noise_scheduler.name,
         steps=noise_scheduler.steps,
@@ -150,12 +150,12 @@ def capture(
         reuse_influence=reuse_influence(noise_scheduler),
         noise_pred=noise_pred,
         feature_l1=features.l1(),
-        skip=skip_error,
+        skip=_means(predictions.products.left(skip), len(prompts)),
         unguided=_means(differences.products.left(negative), len(prompts)),
         feature_weight=weights,
         skip_weight=skip,
         unguided_weight=negative,
-        forecast_share=forecast_share(noise_pred, skip_error),
+        forecast_share=forecast_share(noise_pred, forecast, common),
         gain=cache.gain,
         bias=cache.bias,
         output_gain=quantisation.gain,

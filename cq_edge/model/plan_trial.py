@@ -1,9 +1,9 @@
 """What a table's errors are worth in the final latents, from two plans that are tried.
 
 The influence of single steps supposes Gaussian data, and that errors of reuse point one way all
-along. So the noise of every step full is scaled to what that run ends in, less the part of it
-that is the same in all steps and so in all plans, and then the errors of reuse to what a plan
-that computes little ends in.
+along. So the noise of every step full and wholly computed is scaled to what that run ends in,
+less the part of it that is the same in all steps and so in all plans, and then the errors of reuse
+to what a plan that computes little ends in.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,8 +71,8 @@ def scaled_to_trial(
     exact_finals: Sequence[Tensor],
     on_step: Callable[[], object] = lambda: None,
 ) -> ReuseTable:
-    """Returns a table whose predictions are right for every step full and for a plan that
-    computes little; its base error has grown by what quantisation does to all plans.
+    """Returns a table whose predictions are right for every step full and wholly computed, and for
+    a plan that computes little; its base error has grown by what quantisation does to all plans.
 
     Args:
         table: Of the loop's noise scheduler; its influences are scaled.
@@ -128,7 +128,7 @@ class _Planned:
 
     def __post_init__(self) -> None:
         """Looks the schedule's shares of forecasts up."""
-        self._shares = self.table.forecast_shares(self.schedule)
+        self._shares = self.table.shares_in(self.schedule)
 
     def __call__(
         self, latents: Tensor, timestep: Tensor, *context: Tensor

@@ -168,6 +168,7 @@ def test_pictures_that_follow_from_something_else_are_not_taken(home):
     for change in (
         {"table": table.without_corrections()},
         {"table": replace(table, skip_weight=0.5 * table.skip_weight)},
+        {"table": replace(table, forecast_share=np.float32(0.5) * table.forecast_share)},
         {"schedule": CacheSchedule.uniform(10, 2)},
         {"noise_scheduler": "dpmsolver++"},
         {"steps": 9},

@@ -123,7 +123,7 @@ def test_noise_is_what_the_loop_makes_of_every_source(name, steps, scale, schedu
 
 
 def test_of_every_step_computed_it_is_what_the_tables_influence_says():
-    given = table().without_corrections(cache=False)
+    given = replace(table(), forecast_share=np.zeros((T, 5), np.float32))
     every = given.reuse_errors().parts(PLANS[0])
     assert noise_powers(given, SCHEDULER, PLANS)[0] == pytest.approx(every.noise)
 

@@ -48,23 +48,30 @@ def test_every_mode_has_what_it_adds():
     assert set(noise_by_mode(OWN, INFLUENCE, 7.5)) == set(Mode)
 
 
-def test_a_forecast_has_the_share_that_errs_least_of_what_was_measured():
+def test_a_forecast_has_the_share_that_errs_least():
     rng = np.random.default_rng(0)
-    noise_pred, skip = rng.uniform(0.5, 1, (4, 3)), rng.uniform(0.5, 3, (4, 3))
+    noise_pred, forecast = rng.uniform(0.5, 1, (4, 3)), rng.uniform(0.5, 3, 4)
+    common = rng.uniform(-0.2, 0.4, 4)
     anchor, gap = np.indices(noise_pred.shape)
     noise_pred[anchor + gap > 3] = np.nan
-    found = forecast_share(noise_pred, skip)
+    found = forecast_share(noise_pred, forecast, common)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found[anchor + gap > 2], 0)
     shares = np.linspace(0, 1, 1001)
     for i, g in np.argwhere(anchor + gap <= 2):
-        added = max(noise_pred[i, g] - noise_pred[i + g, 0], 0)
-        left = (1 - shares) ** 2 * noise_pred[i + g + 1, 0]
-        left += shares**2 * (skip[i + g, 1] + added)
+        step = i + g + 1
+        reused = max(noise_pred[i, g] - noise_pred[step - 1, 0], 0)
+        left = (1 - shares) ** 2 * noise_pred[step, 0] + 2 * shares * (1 - shares) * common[step]
+        left += shares**2 * (forecast[step] + reused)
         assert found[i, g] == pytest.approx(shares[left.argmin()], abs=1e-3)
 
 
-@pytest.mark.parametrize("skip", [np.ones((4, 1)), np.zeros((4, 2))])
-def test_where_no_forecast_was_measured_or_nothing_errs_it_has_none(skip):
-    noise_pred = np.full((4, 2), float(skip.any()))
-    np.testing.assert_array_equal(forecast_share(noise_pred, skip), 0)
+def test_a_forecast_that_errs_more_and_alike_has_no_share_and_a_perfect_one_all():
+    nothing = forecast_share(np.full((3, 1), 1.0), np.full(3, 4.0), np.full(3, 1.5))
+    np.testing.assert_array_equal(nothing, 0)
+    everything = forecast_share(np.full((3, 1), 1.0), np.zeros(3), np.zeros(3))
+    np.testing.assert_array_equal(everything, [[1], [1], [0]])
+
+
+def test_where_nothing_errs_a_forecast_has_no_share():
+    np.testing.assert_array_equal(forecast_share(np.zeros((4, 2)), np.zeros(4), np.zeros(4)), 0)

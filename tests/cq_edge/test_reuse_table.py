@@ -308,11 +308,13 @@ def test_pickle_is_never_run(tmp_path):
 
 def test_full_steps_after_a_computed_one_have_a_share_of_forecasts_as_measured():
     share = table().forecast_share
-    found = table().forecast_shares(CacheSchedule.from_string("FFSFK"))
+    found = table().shares_in(CacheSchedule.from_string("FFSFK"))
     np.testing.assert_array_equal(found, [0, share[0, 0], 0, share[1, 1], 0])
-    found = table().forecast_shares(CacheSchedule.from_string("FKFfs"))
+    found = table().shares_in(CacheSchedule.from_string("FKFfs"))
     np.testing.assert_array_equal(found, [0, 0, 0, share[2, 0], 0])
-    beyond = table().forecast_shares(CacheSchedule.from_string("FSSSF"))
+    found = table().shares_in(CacheSchedule.from_string("FFfsF"))
+    np.testing.assert_array_equal(found, [0, share[0, 0], share[1, 0], 0, share[2, 1]])
+    beyond = table().shares_in(CacheSchedule.from_string("FSSSF"))
     np.testing.assert_array_equal(beyond, 0)
 
 

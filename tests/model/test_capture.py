@@ -271,6 +271,34 @@ def test_forecasts_go_on_as_far_as_leaves_the_least_error():
                 assert found <= min(more, less) * (1 + 1e-3)
 
 
+def test_a_forecast_has_the_share_in_full_steps_that_leaves_the_least_error():
+    recorder, pairs = _Recorder(1, 2), []
+
+    def full(latents, timestep, embeddings):
+        truth, feature = recorder(latents, timestep, embeddings)
+        noise_pred = truth + 0.3 * torch.sin(1e4 * latents)  # as good as noise
+        pairs.append((noise_pred.numpy(), truth.numpy()))
+        return noise_pred, feature
+
+    given = (full, _FLOAT, _shallow, _EXACT, _prompts(2), _scheduler(), _SHAPE)
+    table = capture(*given, guidance_scale=1.0).table
+    runs = [pairs[n * _STEPS : (n + 1) * _STEPS] for n in range(2)]
+    shares = []
+    for step in range(1, _STEPS):
+        off, apart = [], []
+        for run in runs:
+            line = Forecast()
+            for last in range(max(0, step - 2), step):
+                line = line.after(last, run[last][0])
+            computed, truth = run[step]
+            off.append(computed - truth)
+            apart.append(computed - line.at(step, table.skip_weight))
+        ((least,),), *_ = np.linalg.lstsq(np.reshape(apart, (-1, 1)), np.reshape(off, (-1, 1)))
+        shares.append(np.clip(least, 0, 1))
+    np.testing.assert_allclose(table.forecast_share[:-1, 0], shares, rtol=1e-3, atol=1e-4)
+    assert 0.05 < max(shares) < 1
+
+
 def test_without_guidance_there_is_no_negative_prompt_to_leave_out():
     table = capture(
         _Recorder(0, 0),

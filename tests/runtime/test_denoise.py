@@ -246,7 +246,7 @@ def test_a_skip_step_beyond_what_was_measured_takes_the_last_prediction(measured
     nothing = np.zeros((STEPS, 1))
     weight = np.zeros((STEPS, 2, 1), np.float32)
     table = replace(reuse_table(), skip=nothing, skip_weight=weight)
-    table = table.without_corrections(cache=False)
+    table = replace(table, forecast_share=np.zeros_like(table.forecast_share))
     scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
     start = initial_latents(SHAPE, 3, 1.0)
     schedule = CacheSchedule.from_string("FFK" + "F" * 7)
