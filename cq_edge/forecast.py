@@ -22,17 +22,23 @@ i + g goes on with; 0 where there are no such steps."""
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What goes on from the last two computed values.
+    """What goes on from the last computed value and the one before that was wholly computed.
+
+    A value that was computed in part errs by what it reused. As the newest it is still the best
+    there is; but the change from it to the next one is that error as much as a change.
 
     Attributes:
         points: (step, value) of them, the newest first; at most two.
+        in_part: Whether the newest was computed in part.
     """
 
     points: tuple[tuple[int, Array], ...] = ()
+    in_part: bool = False
 
-    def after(self, step: int, value: Array) -> Self:
-        """Returns the forecast once a later step has computed a value."""
-        return type(self)(((step, value), *self.points[:1]))
+    def after(self, step: int, value: Array, *, in_part: bool = False) -> Self:
+        """Returns the forecast once a later step has computed a value, wholly or in part."""
+        before = self.points[self.in_part :][:1]
+        return type(self)(((step, value), *before), in_part)
 
     def at(self, step: int, weights: Weights | None = None) -> Array:
         """Returns the value to expect at a step.

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Self, get_args, get_origin, get_type_hints
 from cq_edge.errors import BundleError, CQEdgeError, OutputExistsError
 from cq_edge.noise_scheduler import NAMES, NoiseScheduleConfig
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 MANIFEST_FILE = "manifest.json"
 EXACT_PARITY_DB = 200.0
 """Stands for a graph that equals its float module bit for bit: JSON has no infinity."""

@@ -20,13 +20,14 @@ from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.quantisation_noise import ALIKE, FADING, one_branch
 from cq_edge.reuse_table import ReuseTable
 
-_SHALLOW_ANSWER = 0.25
+_SHALLOW_ANSWER = 0.23
 """Of a full step's answer to noise in the latents, what the layers of a shallow step give."""
-_SHALLOW_NOISE = 0.2
+_SHALLOW_NOISE = 0.66
 """Of a full step's noise, as a power, what the layers of a shallow step add."""
-_AS_NOISE, _AS_NOISE_UNGUIDED = 0.5, 1.2
-"""Of the power of what reuse adds to a guided and an unguided step, what goes on as noise does. All
-four fitted, with the share of noise that is new at every step, to plans of the demo model."""
+_AS_NOISE, _AS_NOISE_UNGUIDED = 0.52, 1.16
+"""Of the power of what reuse alone errs by in a guided and an unguided step, what goes on as noise
+does. All four fitted, with the share of noise that is new at every step, to plans of the demo
+model."""
 _LAST = 24
 """Steps whose noise is followed, the last: they mend what earlier ones leave, but for what is still
 reused in them."""
@@ -80,6 +81,7 @@ class _Line:
     def __init__(self, nothing: Noise) -> None:
         self.last = self._before = np.full(len(nothing), -1)
         self._value = self._earlier = nothing
+        self._in_part = np.zeros(len(nothing), bool)
 
     def at(self, step: int, weights: Weights) -> Noise:
         """Returns what to expect at a step."""
@@ -90,13 +92,16 @@ class _Line:
         forecast: Noise = self._value + share * (self._value - self._earlier)
         return forecast
 
-    def after(self, step: int, value: Noise, where: NDArray[np.bool_]) -> None:
-        """Takes a step's value into the plans that computed it."""
-        self._before = np.where(where, self.last, self._before)
+    def after(
+        self, step: int, value: Noise, where: NDArray[np.bool_], in_part: NDArray[np.bool_]
+    ) -> None:
+        """Takes a step's value into the plans that computed it, of some in part."""
+        kept = where & ~self._in_part
+        self._before = np.where(kept, self.last, self._before)
         self.last = np.where(where, step, self.last)
-        column = where[:, None]
-        self._earlier = np.where(column, self._value, self._earlier)
-        self._value = np.where(column, value, self._value)
+        self._earlier = np.where(kept[:, None], self._value, self._earlier)
+        self._value = np.where(where[:, None], value, self._value)
+        self._in_part = np.where(where, in_part, self._in_part)
 
 
 class _Walk:
@@ -125,7 +130,6 @@ class _Walk:
         self._nothing = np.zeros((len(schedules), 1))  # of any number of sources
         lines = (_Line(self._nothing) for _ in range(4))
         self._prompt, self._negative, self._difference, self._predictions = lines
-        self._added = {name: table.added(name) for name in ("noise_pred", "skip", "unguided")}
 
     def powers(self) -> NDArray[np.float64]:
         """Returns (P,) the mean square of the noise in the final latents."""
@@ -163,10 +167,10 @@ class _Walk:
         share = self._forecast_share[:, step, None]
         computed = prompt + (scale - 1) * difference
         prediction: Noise = computed + share * (forecast - computed) + self._reused(step)
-        self._prompt.after(step, prompt_feature, full)
-        self._negative.after(step, negative_feature, both)
-        self._difference.after(step, difference, ~skip & ~unguided)
-        self._predictions.after(step, prediction, ~skip)
+        self._prompt.after(step, prompt_feature, full, ~full)
+        self._negative.after(step, negative_feature, both, ~full)
+        self._difference.after(step, difference, ~skip & ~unguided, ~full)
+        self._predictions.after(step, prediction, ~skip, ~full)
         return prediction
 
     def _sources(self, step: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -188,15 +192,15 @@ class _Walk:
         if (place := self._place(step)) < 0:
             return self._nothing
         power = np.zeros(len(self._nothing))
-        for name, part, line, share in (
-            ("noise_pred", self._shallow, self._prompt, _AS_NOISE),
-            ("skip", self._forecast_share, self._predictions, _AS_NOISE),
-            ("unguided", self._unguided, self._difference, _AS_NOISE_UNGUIDED),
+        table = self._table
+        for errors, part, line, share in (
+            (table.shallow, self._shallow, self._prompt, _AS_NOISE),
+            (table.skip, self._forecast_share, self._predictions, _AS_NOISE),
+            (table.unguided, self._unguided, self._difference, _AS_NOISE_UNGUIDED),
         ):
-            added = self._added[name]
-            gap = np.minimum(step - line.last, added.shape[1] - 1)
+            gap = np.minimum(step - line.last, errors.shape[1] - 1)
             of_step = share * np.square(part[:, step], dtype=float)
-            power += np.where(of_step > 0, of_step * added[line.last, gap], 0.0)
+            power += np.where(of_step > 0, of_step * errors[line.last, gap], 0.0)
         reused = np.zeros((len(power), _KINDS, self._followed))
         reused[:, -1, place] = SMALL * np.sqrt(power)
         return reused.reshape(len(power), -1)

@@ -18,12 +18,6 @@ ALIKE, FADING = 0.26, 0.73
 the demo model."""
 
 
-def unguided_share(guidance_scale: float) -> float:
-    """Returns how much of a full step's noise a step has that takes what the negative prompt
-    changes from another: of the prompt's branch new, and of both the old one's."""
-    return (2 * (guidance_scale - 1) ** 2 + 1) * one_branch(guidance_scale)
-
-
 def noise_by_mode(
     own: NDArray[np.float64], influence: NDArray[np.float64], guidance_scale: float
 ) -> dict[Mode, NDArray[np.float64]]:

@@ -26,12 +26,13 @@ from cq_edge.errors import (
 from cq_edge.forecast import Weights
 from cq_edge.frontier import ReuseErrors
 from cq_edge.noise_scheduler import NoiseScheduler
-from cq_edge.quantisation_noise import noise_by_mode, unguided_share
+from cq_edge.quantisation_noise import noise_by_mode
 
 OBJECTIVES = ("noise_pred", "feature_l1")
 """What a plan may minimise the sum of; the first is the default."""
 
-_ERRORS = (*OBJECTIVES, "skip", "unguided")
+_ALONE = ("shallow", "skip", "unguided")
+_ERRORS = (*OBJECTIVES, *_ALONE)
 _INFLUENCES = ("noise_influence", "reuse_influence")
 _CORRECTIONS = ("gain", "bias", "output_gain", "output_bias")
 _WEIGHTS = ("feature_weight", "skip_weight", "unguided_weight")
@@ -68,10 +69,12 @@ class ReuseTable:
             column 0 is of a full step, which quantisation makes wrong.
         feature_l1: (T, G+1) float64, 0 in column 0: the mean absolute difference of the cached
             features, which is the paper's objective.
-        skip: (T, R+1) float64: as `noise_pred`, of step i + g forecast from step i, the last
-            that was computed.
-        unguided: (T, U+1) float64: likewise where what the negative prompt changes is forecast
-            from step i, the last that computed it.
+        shallow: (T, G+1) float64, 0 or more, 0 in column 0: what reuse alone errs by, without
+            quantisation: as `noise_pred`, of the float graphs in their own loop.
+        skip: (T, R+1) float64: likewise of step i + g forecast from step i, the last that was
+            computed.
+        unguided: (T, U+1) float64: and where what the negative prompt changes is forecast from
+            step i, the last that computed it.
         feature_weight: (T, G+2, G+1) float32: how far the cached feature is taken to go on as it
             last changed, `cq_edge.forecast.Weights`; 0 takes the anchor's as it is.
         skip_weight: (T, R+2, R+1) float32: likewise the noise prediction of skip steps.
@@ -94,6 +97,7 @@ class ReuseTable:
     reuse_influence: NDArray[np.float64]
     noise_pred: NDArray[np.float64]
     feature_l1: NDArray[np.float64]
+    shallow: NDArray[np.float64]
     skip: NDArray[np.float64]
     unguided: NDArray[np.float64]
     feature_weight: Weights
@@ -142,16 +146,6 @@ class ReuseTable:
         """(T,): mean squared errors of full steps."""
         return self.noise_pred[:, 0]
 
-    def added(self, name: str) -> NDArray[np.float64]:
-        """Returns, of the array `noise_pred`, `skip` or `unguided` and in its shape, what its mean
-        squared errors add to a full step's, of an unguided step to the share of it that is left; 0
-        in column 0."""
-        squares = getattr(self, name)
-        share = unguided_share(self.guidance_scale) if name == "unguided" else 1.0
-        added: NDArray[np.float64] = np.maximum(squares - share * self.own[self._steps(squares)], 0)
-        added[:, 0] = 0  # computed, not reused
-        return added
-
     def errors(self, objective: str = OBJECTIVES[0]) -> NDArray[np.float64]:
         """Returns the (T, G+1) reuse errors that a plan is to minimise the sum of; 0 in column 0.
 
@@ -161,7 +155,7 @@ class ReuseTable:
         if objective not in OBJECTIVES:
             raise UsageError(f"objective is {objective!r}: choose {' or '.join(OBJECTIVES)}")
         if objective == OBJECTIVES[0]:
-            return self._moved("noise_pred")
+            return self._moved("shallow")
         return self.feature_l1
 
     def reuse_errors(self, objective: str = OBJECTIVES[0]) -> ReuseErrors:
@@ -292,6 +286,7 @@ class ReuseTable:
                 reuse_influence=content["reuse_influence"],
                 noise_pred=content["noise_pred"],
                 feature_l1=content["feature_l1"],
+                shallow=content["shallow"],
                 skip=content["skip"],
                 unguided=content["unguided"],
                 feature_weight=content["feature_weight"],
@@ -307,9 +302,10 @@ class ReuseTable:
             raise BundleError(f"{path} is not a reuse table: {error}") from None
 
     def _moved(self, name: str) -> NDArray[np.float64]:
-        """Returns what `added` does, as an amplitude in the final latents."""
-        added = self.added(name)
-        moved: NDArray[np.float64] = np.sqrt(added) * self.reuse_influence[self._steps(added)]
+        """Returns what reuse alone errs by, as an amplitude in the final latents."""
+        errors = getattr(self, name)
+        step = np.minimum(np.add.outer(*map(np.arange, errors.shape)), len(errors) - 1)
+        moved: NDArray[np.float64] = np.sqrt(errors) * self.reuse_influence[step]
         return moved
 
     @property
@@ -321,15 +317,11 @@ class ReuseTable:
         shares = {mode: _ACROSS_UNGUIDED if mode.is_unguided else _ACROSS for mode in Mode}
         return {mode: whole * np.where(earlier, s, _ACROSS_LAST) for mode, s in shares.items()}
 
-    def _steps(self, squares: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Returns (T, G+1): the step that each entry is about."""
-        step = np.add.outer(*map(np.arange, squares.shape))
-        return np.minimum(step, len(squares) - 1)
-
     def _check_shapes(self) -> None:
-        two = dict.fromkeys((*_ERRORS, "forecast_share"), 2)
-        one = dict.fromkeys(("timesteps", *_INFLUENCES), 1)
-        dims = {**one, **two, **dict.fromkeys((*_WEIGHTS, *_CORRECTIONS), 3)}
+        one = ("timesteps", *_INFLUENCES)
+        two = (*OBJECTIVES, "forecast_share", *_ALONE)
+        three = (*_WEIGHTS, *_CORRECTIONS)
+        dims = {name: n for n, names in enumerate((one, two, three), start=1) for name in names}
         for name, ndim in dims.items():
             array = getattr(self, name)
             dtype = "float64" if name in (*_INFLUENCES, *_ERRORS) else "float32"
@@ -344,22 +336,12 @@ class ReuseTable:
         whole = 2 * [(*pairs, self.channels)] + 2 * [(*pairs, self.consumed_channels)]
         forecasts = [(step_count, shapes[name][1]) for name in ("skip", "unguided")]
         reach = [(step_count, gaps + 1, gaps) for gaps in (columns, *(c for _, c in forecasts))]
-        row = (step_count,)
-        if list(shapes.values()) != [
-            row,
-            row,
-            row,
-            pairs,
-            pairs,
-            *forecasts,
-            pairs,
-            *reach,
-            *whole,
-        ]:
+        expected = 3 * [(step_count,)] + 4 * [pairs] + forecasts + reach + whole
+        if list(shapes.values()) != expected:
             found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise CalibrationError(
                 f"{found} of a reuse table do not belong together: they must be (T,) "
-                "three times, (T, G+1) twice, (T, R+1), (T, U+1), (T, G+1), (T, G+2, G+1), "
+                "three times, (T, G+1) four times, (T, R+1), (T, U+1), (T, G+2, G+1), "
                 "(T, R+2, R+1), (T, U+2, U+1), (T, G+1, C) twice, and (T, G+1, 2C') twice"
             )
 
@@ -383,7 +365,7 @@ class ReuseTable:
             _require(
                 usable | ~used, f"the reuse error ({name})", "it must be a number of 0 or more"
             )
-            if name == "feature_l1":
+            if name != "noise_pred":
                 fine = (errors == 0) | (gap > 0)
                 _require(fine, f"the reuse error ({name})", "a step's own must be 0")
         share = self.forecast_share

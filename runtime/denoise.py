@@ -195,10 +195,10 @@ class _Denoiser:
             predictions = self._full(step, inputs, branches)
         else:
             predictions = self._shallow(step, inputs, branches, correction)
-        noise_pred = self._guided(predictions, step)
+        noise_pred = self._guided(predictions, mode, step)
         if share := self._shares[step]:
             noise_pred = noise_pred + share * (self.forecast(step) - noise_pred)
-        self._predictions = self._predictions.after(step, noise_pred)
+        self._predictions = self._predictions.after(step, noise_pred, in_part=mode.is_shallow)
         return noise_pred
 
     def _full(
@@ -227,7 +227,7 @@ class _Denoiser:
             predictions.append(self._engine.run("denoise_shallow", given)["noise_pred"])
         return predictions
 
-    def _guided(self, predictions: list[FloatArray], step: int) -> FloatArray:
+    def _guided(self, predictions: list[FloatArray], mode: Mode, step: int) -> FloatArray:
         """Returns negative's + scale · (prompt's - negative's), the difference forecast if the
         negative's was not computed."""
         scale = np.float32(self._guidance.scale)
@@ -238,7 +238,7 @@ class _Denoiser:
             return predictions[0] + (scale - 1) * added
         negative, prompt = predictions
         difference = prompt - negative
-        self._differences = self._differences.after(step, difference)
+        self._differences = self._differences.after(step, difference, in_part=mode.is_shallow)
         return negative + scale * difference
 
 

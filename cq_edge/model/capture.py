@@ -1,6 +1,6 @@
 """Calibration: runs the graphs over prompts and measures what reuse costs.
 
-Every prompt is run three times, with the full graph at every step. The first run compares the
+Every prompt is run four times, with the full graph at every step. The first run compares the
 cached features of every anchor step i and later step k = i + gap: their L1 distance (the paper's
 objective), how far the feature goes on as it changed before, and the cache correction, which maps
 what is so forecast onto step k's best. The second run fits the quantisation correction of the
@@ -11,7 +11,7 @@ How far forecasts are from it is measured on the first run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,20 +23,22 @@ from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Weights, expected_back
 from cq_edge.influence import noise_influence, reuse_influence
 from cq_edge.model.forecast_fit import ForecastRun, InnerProducts
+from cq_edge.model.reuse_alone import reuse_alone
 from cq_edge.model.reuse_trial import (
     Consumers,
     Corrections,
+    Graphs,
     ShallowGraph,
     fit_pairs,
     fit_quantisation,
     reuse_squares,
 )
-from cq_edge.model.trajectory import FullGraph, Loop, Prompt, Visit
+from cq_edge.model.trajectory import Loop, Prompt, Visit
 from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.quantisation_noise import forecast_share
 from cq_edge.reuse_table import ReuseTable
 
-RUNS = 3
+RUNS = 4
 """How often each prompt is run."""
 _WORTH_CORRECTING = 0.95
 """A correction that leaves more than this share of the error is dropped: it was fitted to the very
@@ -65,7 +67,8 @@ class StepSample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """The measured table, samples to check exported graphs with, and the final latents."""
+    """The measured table, samples to check exported graphs with, and the final latents of the
+    graphs that ship, every step full."""
 
     table: ReuseTable
     samples: tuple[StepSample, ...]
@@ -74,9 +77,8 @@ class Calibration:
 
 @torch.no_grad()
 def capture(
-    full: FullGraph,
-    exact: FullGraph,
-    shallow: ShallowGraph,
+    shipped: Graphs,
+    exact: Graphs,
     consumers: Consumers,
     prompts: Sequence[Prompt],
     noise_scheduler: NoiseScheduler,
@@ -92,11 +94,10 @@ def capture(
     is left at 0.
 
     Args:
-        full: `FullUNet`, or anything that is called as it is; what will be exported, so that
-            its quantisation is part of what is measured.
-        exact: The float `FullUNet`, whose predictions are what all errors are measured against.
-        shallow: Its `ShallowUNet`.
-        consumers: Of that one, the layers that the cached feature goes into.
+        shipped: `FullUNet` and `ShallowUNet`, or anything that is called as they are; what will
+            be exported, so that its quantisation is part of what is measured.
+        exact: The float ones, whose predictions are what all errors are measured against.
+        consumers: The layers that the cached feature goes into.
         prompts: The embeddings to calibrate with.
         noise_scheduler: Of T steps.
         latents_shape: (4, h, w).
@@ -112,17 +113,17 @@ def capture(
     if not prompts:
         raise CalibrationError("calibration needs at least one prompt")
     total = len(noise_scheduler.timesteps)
-    loop = Loop(full, noise_scheduler, latents_shape, guidance_scale, seed)
+    loop = Loop(shipped.full, noise_scheduler, latents_shape, guidance_scale, seed)
     features = _FeatureRun(total, min(max_gap, total - 1), sampled_steps, loop.guided)
     predictions = ForecastRun(total, min(MAX_SKIP, total - 1))
     # without guidance there is no negative prompt to leave out
-    unguided = 0 if guidance_scale == 1 else min(MAX_UNGUIDED, total - 1)
-    differences = ForecastRun(total, unguided)
+    furthest = 0 if guidance_scale == 1 else min(MAX_UNGUIDED, total - 1)
+    differences = ForecastRun(total, furthest)
     truths: dict[tuple[int, int], Tensor] = {}
     for number, prompt in enumerate(prompts):
         for visit in loop.run(number, prompt):
             contexts = loop.branches(prompt)
-            truth = loop.guided([exact(visit.seen, visit.timestep, *c)[0] for c in contexts])
+            truth = loop.guided([exact.full(visit.seen, visit.timestep, *c)[0] for c in contexts])
             truths[number, visit.step] = truth
             features.take(visit, prompt)
             predictions.take(visit.step, visit.noise_pred.numpy(), truth.numpy())
@@ -131,13 +132,16 @@ def capture(
             right = truth - (visit.noise_pred - added)
             differences.take(visit.step, added.numpy(), right.numpy())
             on_step()
-    weights = features.weights()
-    cache = features.corrections(weights)
-    quantisation = fit_quantisation(loop, consumers, prompts, weights, cache, on_step)
+    weight = features.weights()
+    cache = features.corrections(weight)
+    quantisation = fit_quantisation(loop, consumers, prompts, weight, cache, on_step)
     error, cache, quantisation = _worth_having(
-        loop, shallow, prompts, truths, weights, cache, quantisation, on_step
+        loop, shipped.shallow, prompts, truths, weight, cache, quantisation, on_step
     )
-    skip, negative = predictions.weights(), differences.weights()
+    skip, unguided = predictions.weights(), differences.weights()
+    exact_loop, halves = replace(loop, full=exact.full), (cache, quantisation.identity())
+    weights = weight, skip, unguided
+    alone = reuse_alone(exact_loop, exact.shallow, prompts, weights, halves, on_step)
     noise_pred = _means(error, len(prompts))
     forecast, common = (x / len(prompts) for x in predictions.products.beside(skip))
     table = ReuseTable(
@@ -150,11 +154,12 @@ def capture(
         reuse_influence=reuse_influence(noise_scheduler),
         noise_pred=noise_pred,
         feature_l1=features.l1(),
-        skip=_means(predictions.products.left(skip), len(prompts)),
-        unguided=_means(differences.products.left(negative), len(prompts)),
-        feature_weight=weights,
+        shallow=alone.shallow,
+        skip=alone.skip,
+        unguided=alone.unguided,
+        feature_weight=weight,
         skip_weight=skip,
-        unguided_weight=negative,
+        unguided_weight=unguided,
         forecast_share=forecast_share(noise_pred, forecast, common),
         gain=cache.gain,
         bias=cache.bias,
@@ -176,8 +181,7 @@ def _worth_having(
 ) -> tuple[NDArray[np.float64], Corrections, Corrections]:
     """Returns the (T, G+1) errors that reuse leaves, summed over the prompts, and the halves of
     the correction without those that hardly help."""
-    everywhere = np.ones(cache.gain.shape[:2], bool)
-    no_cache, nothing = (half.identity_where(everywhere) for half in (cache, quantisation))
+    no_cache, nothing = cache.identity(), quantisation.identity()
     tried = ((no_cache, nothing), (cache, nothing), (cache, quantisation))
     plain, repaired, both = reuse_squares(loop, shallow, prompts, truths, weights, tried, on_step)
     bare = _hardly_less(repaired, plain)

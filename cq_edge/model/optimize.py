@@ -19,7 +19,7 @@ from cq_edge.model.mixed_precision import choose_four_bits
 from cq_edge.model.plan_trial import final_latents, scaled_to_trial, typical_distance
 from cq_edge.model.prompts import embed_prompts, guidance_kind, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
-from cq_edge.model.reuse_trial import Consumers, ShallowGraph
+from cq_edge.model.reuse_trial import Consumers, Graphs, ShallowGraph
 from cq_edge.model.rewrite import rewrite_for_xnnpack
 from cq_edge.model.split import FullUNet, ShallowUNet, context_shapes, split_unet
 from cq_edge.model.text import text_graph, text_reference
@@ -180,9 +180,8 @@ def calibrate(
         exact_finals = final_latents(exact, compared, on_step)
         own = own or exact_finals
         calibration = capture(
-            full,
-            optimized.reference["denoise"],
-            shallow,
+            Graphs(full, shallow),
+            Graphs(exact.full, float_shallow),
             consumers,
             prompts,
             noise_scheduler,

@@ -151,5 +151,6 @@ class _Planned:
             correction = self.table.correction(self.schedule.anchors[step], step)
             given = map(torch.from_numpy, correction.inputs().values())
             noise_pred = self.shallow(latents, timestep, *context, feature, *given)
-        self._predictions[branch] = self._predictions[branch].after(step, noise_pred)
+        line = self._predictions[branch]
+        self._predictions[branch] = line.after(step, noise_pred, in_part=mode.is_shallow)
         return noise_pred, feature

@@ -14,12 +14,20 @@ from torch import Tensor
 
 from cq_edge.correction import MomentAccumulator
 from cq_edge.forecast import Forecast, Weights, expected_back
-from cq_edge.model.trajectory import Loop, Prompt, Visit, mean_square
+from cq_edge.model.trajectory import FullGraph, Loop, Prompt, Visit, mean_square
 
 ShallowGraph = Callable[..., Tensor]
 """Of latents, timestep, context, feature and correction, as `split.ShallowUNet` is."""
 Consumer = Callable[..., Tensor]
 """What the layers that consume a feature make of (latents, timestep, context…, feature)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graphs:
+    """A full graph and its shallow one."""
+
+    full: FullGraph
+    shallow: ShallowGraph
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +54,10 @@ class Corrections:
     def at(self, anchor: int, gap: int) -> tuple[Tensor, Tensor]:
         """Returns the gain and bias of a pair."""
         return torch.from_numpy(self.gain[anchor, gap]), torch.from_numpy(self.bias[anchor, gap])
+
+    def identity(self) -> "Corrections":
+        """Returns those of as many pairs and channels that change nothing."""
+        return self.identity_where(np.ones(self.gain.shape[:2], bool))
 
     def identity_where(self, dropped: NDArray[np.bool_]) -> "Corrections":
         """Returns the corrections with those of some (anchor, gap) pairs changing nothing."""
@@ -93,7 +105,7 @@ def fit_quantisation(
         [MomentAccumulator() for _ in range(min(columns - 1, total - 1 - i))] for i in range(total)
     ]
     channels = 0
-    for number, visit, earlier in _visits(loop, prompts, columns - 1, on_step):
+    for number, visit, earlier in visits(loop, prompts, columns - 1, on_step):
         prompt = prompts[number]
         exact = _outputs(loop, consumers.exact, visit, prompt, visit.features)
         channels = exact[0].shape[1]
@@ -129,24 +141,50 @@ def reuse_squares(
     """
     total, columns = halves[0][0].gain.shape[:2]
     squares = np.zeros((len(halves), total, columns))
-    for number, visit, earlier in _visits(loop, prompts, columns - 1, on_step):
-        branches, truth = loop.branches(prompts[number]), truths[number, visit.step]
+    for number, visit, earlier in visits(loop, prompts, columns - 1, on_step):
+        truth = truths[number, visit.step]
         squares[:, visit.step, 0] += mean_square(visit.noise_pred - truth)
-        for anchor, features in _forecasts(earlier, weights):
-            gap = visit.step - anchor
-            for index, (cache, quantisation) in enumerate(halves):
-                correction = (*cache.at(anchor, gap), *quantisation.at(anchor, gap))
-                reused = loop.guided(
-                    [
-                        shallow(visit.seen, visit.timestep, *context, feature, *correction)
-                        for context, feature in zip(branches, features, strict=True)
-                    ]
-                )
-                squares[index, anchor, gap] += mean_square(reused - truth)
+        for index, half in enumerate(halves):
+            tried = reusing(loop, shallow, prompts[number], visit, earlier, weights, half)
+            for anchor, reused in tried:
+                squares[index, anchor, visit.step - anchor] += mean_square(reused - truth)
     return squares
 
 
-def _visits(
+def reusing(
+    loop: Loop,
+    shallow: ShallowGraph,
+    prompt: Prompt,
+    visit: Visit,
+    earlier: Sequence[Visit],
+    weights: Weights,
+    halves: tuple[Corrections, Corrections],
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields each anchor, and the guided noise prediction of a step that reuses its features.
+
+    Args:
+        loop: Of the full graph.
+        shallow: The shallow graph.
+        prompt: What is run.
+        visit: The step.
+        earlier: Those before it, as `visits` yields them.
+        weights: How far features are forecast to go on.
+        halves: The cache correction and the quantisation correction.
+    """
+    for anchor, features in _forecasts(earlier, weights):
+        correction = [x for half in halves for x in half.at(anchor, visit.step - anchor)]
+        yield (
+            anchor,
+            loop.guided(
+                [
+                    shallow(visit.seen, visit.timestep, *context, feature, *correction)
+                    for context, feature in zip(loop.branches(prompt), features, strict=True)
+                ]
+            ),
+        )
+
+
+def visits(
     loop: Loop, prompts: Sequence[Prompt], max_gap: int, on_step: Callable[[], object]
 ) -> Iterator[tuple[int, Visit, list[Visit]]]:
     """Yields the prompt's number, every step of its run, and the steps before that forecasts over

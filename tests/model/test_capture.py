@@ -7,7 +7,7 @@ from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Forecast, expected_back
 from cq_edge.influence import noise_influence, reuse_influence
 from cq_edge.model.capture import MAX_SKIP, MAX_UNGUIDED, RUNS, capture
-from cq_edge.model.reuse_trial import Consumers
+from cq_edge.model.reuse_trial import Consumers, Graphs
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 _SHAPE = (4, 4, 4)
@@ -59,6 +59,9 @@ def _shallow(latents, timestep, embeddings, feature, gain, bias, output_gain, ou
     return 0.1 * latents + corrected[:, :4] + embeddings.mean((1, 2)).view(-1, 1, 1, 1)
 
 
+_FLOAT_GRAPHS = Graphs(_FLOAT, _shallow)
+
+
 def _by_step(recorder, prompt):
     """The features of a prompt's steps, (2, 6, h, w) each: both branches."""
     start = prompt * 2 * _STEPS
@@ -91,7 +94,13 @@ def _scheduler():
 def test_errors_and_corrections_are_those_of_the_features_seen():
     recorder = _Recorder(2, 3)
     table = capture(
-        recorder, _FLOAT, _shallow, _EXACT, _prompts(3), _scheduler(), _SHAPE, max_gap=3
+        Graphs(recorder, _shallow),
+        _FLOAT_GRAPHS,
+        _EXACT,
+        _prompts(3),
+        _scheduler(),
+        _SHAPE,
+        max_gap=3,
     ).table
     assert table.feature_l1.shape == (_STEPS, 4)
     by_prompt = [_by_step(recorder, n) for n in range(3)]
@@ -117,9 +126,8 @@ def test_errors_and_corrections_are_those_of_the_features_seen():
 def test_noise_prediction_errors_are_what_the_corrected_features_leave():
     recorder, scale = _Recorder(2, 3), 3.0
     calibration = capture(
-        recorder,
-        _FLOAT,
-        _shallow,
+        Graphs(recorder, _shallow),
+        _FLOAT_GRAPHS,
         _EXACT,
         _prompts(3),
         _scheduler(),
@@ -150,7 +158,14 @@ def test_errors_are_measured_against_the_float_denoiser_and_so_is_a_full_steps_o
         return noise_pred + 0.25 * torch.sign(latents), feature
 
     def measured(against):
-        given = (_Recorder(0, 0), against, _shallow, _EXACT, _prompts(2), _scheduler(), _SHAPE)
+        given = (
+            Graphs(_Recorder(0, 0), _shallow),
+            Graphs(against, _shallow),
+            _EXACT,
+            _prompts(2),
+            _scheduler(),
+            _SHAPE,
+        )
         return capture(*given, guidance_scale=3.0, max_gap=2).table
 
     table, same = measured(exact), measured(_FLOAT)
@@ -168,9 +183,8 @@ def test_a_correction_that_makes_predictions_worse_is_dropped():
 
     recorder = _Recorder(2, 1)
     table = capture(
-        recorder,
-        _FLOAT,
-        picky,
+        Graphs(recorder, picky),
+        _FLOAT_GRAPHS,
         _EXACT,
         _prompts(1),
         _scheduler(),
@@ -198,9 +212,8 @@ def test_layers_that_went_wrong_are_mended_after_the_feature_is():
 
     recorder, scale = _Recorder(2, 2), 2.0
     table = capture(
-        recorder,
-        _FLOAT,
-        consuming,
+        Graphs(recorder, consuming),
+        _FLOAT_GRAPHS,
         Consumers(_rounded, _consumed),
         _prompts(2),
         _scheduler(),
@@ -241,7 +254,13 @@ def test_forecasts_go_on_as_far_as_leaves_the_least_error():
         return noise_pred, feature
 
     table = capture(
-        full, _FLOAT, _shallow, _EXACT, prompts, _scheduler(), _SHAPE, guidance_scale=scale
+        Graphs(full, _shallow),
+        _FLOAT_GRAPHS,
+        _EXACT,
+        prompts,
+        _scheduler(),
+        _SHAPE,
+        guidance_scale=scale,
     ).table
     assert table.skip.shape == (_STEPS, MAX_SKIP + 1)
     assert table.unguided.shape == (_STEPS, MAX_UNGUIDED + 1)
@@ -280,7 +299,7 @@ def test_a_forecast_has_the_share_in_full_steps_that_leaves_the_least_error():
         pairs.append((noise_pred.numpy(), truth.numpy()))
         return noise_pred, feature
 
-    given = (full, _FLOAT, _shallow, _EXACT, _prompts(2), _scheduler(), _SHAPE)
+    given = (Graphs(full, _shallow), _FLOAT_GRAPHS, _EXACT, _prompts(2), _scheduler(), _SHAPE)
     table = capture(*given, guidance_scale=1.0).table
     runs = [pairs[n * _STEPS : (n + 1) * _STEPS] for n in range(2)]
     shares = []
@@ -301,9 +320,8 @@ def test_a_forecast_has_the_share_in_full_steps_that_leaves_the_least_error():
 
 def test_without_guidance_there_is_no_negative_prompt_to_leave_out():
     table = capture(
-        _Recorder(0, 0),
-        _FLOAT,
-        _shallow,
+        Graphs(_Recorder(0, 0), _shallow),
+        _FLOAT_GRAPHS,
         _EXACT,
         _prompts(1),
         _scheduler(),
@@ -321,12 +339,24 @@ def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none()
         return _Recorder(0, 0)(*inputs)
 
     capture(
-        counted, _FLOAT, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, guidance_scale=2.0
+        Graphs(counted, _shallow),
+        _FLOAT_GRAPHS,
+        _EXACT,
+        _prompts(1),
+        _scheduler(),
+        _SHAPE,
+        guidance_scale=2.0,
     )
     assert len(calls) == RUNS * 2 * _STEPS
     calls.clear()
     capture(
-        counted, _FLOAT, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, guidance_scale=1.0
+        Graphs(counted, _shallow),
+        _FLOAT_GRAPHS,
+        _EXACT,
+        _prompts(1),
+        _scheduler(),
+        _SHAPE,
+        guidance_scale=1.0,
     )
     assert len(calls) == RUNS * _STEPS
 
@@ -334,7 +364,7 @@ def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none()
 def test_progress_is_told_of_every_step_of_every_run():
     told = []
     capture(
-        _Recorder(0, 0), _FLOAT, _shallow, _EXACT, _prompts(2), _scheduler(), _SHAPE,
+        Graphs(_Recorder(0, 0), _shallow), _FLOAT_GRAPHS, _EXACT, _prompts(2), _scheduler(), _SHAPE,
         on_step=lambda: told.append(None),
     )  # fmt: skip
     assert len(told) == RUNS * 2 * _STEPS
@@ -342,7 +372,13 @@ def test_progress_is_told_of_every_step_of_every_run():
 
 def test_the_largest_gap_is_cut_to_what_the_steps_allow():
     table = capture(
-        _Recorder(0, 0), _FLOAT, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, max_gap=99
+        Graphs(_Recorder(0, 0), _shallow),
+        _FLOAT_GRAPHS,
+        _EXACT,
+        _prompts(1),
+        _scheduler(),
+        _SHAPE,
+        max_gap=99,
     ).table
     assert table.max_gap == _STEPS - 1
 
@@ -350,7 +386,13 @@ def test_the_largest_gap_is_cut_to_what_the_steps_allow():
 def test_samples_carry_the_anchor_feature_of_the_guided_branch():
     recorder = _Recorder(2, 1)
     samples = capture(
-        recorder, _FLOAT, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE, max_gap=3
+        Graphs(recorder, _shallow),
+        _FLOAT_GRAPHS,
+        _EXACT,
+        _prompts(1),
+        _scheduler(),
+        _SHAPE,
+        max_gap=3,
     ).samples
     assert [s.step for s in samples] == [0, 2, 3, 5]
     for sample in samples:
@@ -364,7 +406,7 @@ def test_a_non_finite_prediction_stops_with_the_prompt_and_step_named():
         return worth * latents, latents
 
     with pytest.raises(CalibrationError) as caught:
-        capture(broken, _FLOAT, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE)
+        capture(Graphs(broken, _shallow), _FLOAT_GRAPHS, _EXACT, _prompts(1), _scheduler(), _SHAPE)
     assert str(caught.value) == "prompt 0, step 4: the denoiser gave a non-finite prediction"
 
 
@@ -375,11 +417,11 @@ def test_a_non_finite_feature_stops_with_its_channel_named():
         return latents, feature
 
     with pytest.raises(CalibrationError) as caught:
-        capture(broken, _FLOAT, _shallow, _EXACT, _prompts(1), _scheduler(), _SHAPE)
+        capture(Graphs(broken, _shallow), _FLOAT_GRAPHS, _EXACT, _prompts(1), _scheduler(), _SHAPE)
     assert str(caught.value) == ("prompt 0, step 4: channel 2 of the cached feature is not finite")
 
 
 def test_no_prompt_is_refused():
     with pytest.raises(CalibrationError) as caught:
-        capture(_Recorder(0, 0), _FLOAT, _shallow, _EXACT, [], _scheduler(), _SHAPE)
+        capture(Graphs(_Recorder(0, 0), _shallow), _FLOAT_GRAPHS, _EXACT, [], _scheduler(), _SHAPE)
     assert str(caught.value) == "calibration needs at least one prompt"
