@@ -14,8 +14,6 @@ from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import ScheduleError
 
 _NS_PER_MS = 1e6
-_SLOPES = (0.5, 2.0)
-"""Of the total by amplitude, in roots of the noise of every step full."""
 
 
 class _State(NamedTuple):
@@ -28,16 +26,15 @@ class _State(NamedTuple):
 
 
 class ErrorParts(NamedTuple):
-    """What a plan errs by: `reuse` is an amplitude, `noise` a mean square, of the final latents."""
+    """What a plan errs by, as parts of the mean squared error of the final latents."""
 
     reuse: float
     noise: float
 
     @property
     def total(self) -> float:
-        """The mean squared error: errors of reuse go on in one direction for many steps, so that
-        it is their sum that is squared; noise adds up by power."""
-        return max(0.0, self.reuse**2 + self.noise)
+        """Both together."""
+        return max(0.0, self.reuse + self.noise)
 
 
 class _Move(NamedTuple):
@@ -52,18 +49,22 @@ class _Move(NamedTuple):
 class ReuseErrors:
     """What each way of computing less adds to a plan's error.
 
-    Entry [i, g] of the first three is about step i + g, which builds on step i; column 0 is 0,
-    entries of steps beyond T-1 are unused. An array of one column rules its way out.
+    Errors of reuse go on in one direction from one full step to the next, so that they add up
+    before they are squared; over full steps the squares add up. Entry [i, g] of the first three is
+    such an error of step i + g, which builds on step i; column 0 is 0, entries of steps beyond T-1
+    are unused. An array of one column rules its way out.
 
     Attributes:
         shallow: (T, G+1): reusing the cached feature of anchor i.
         skip: (T, R+1): forecasting from step i, the last that ran a graph. Had that step reused a
             feature or left the negative prompt out, the forecast errs by that too.
         unguided: (T, U+1): forecasting what the negative prompt changes from step i, the last
-            that ran it.
+            that ran it. Had that step reused a feature, the one after it errs by that too.
         noise: Of each mode (T, T), as `noise_by_mode` gives it; empty without any.
         across: Of each mode (T,): by step, what the square of all that such a step errs by adds to
             the noise, as far as it is like noise; empty without any.
+        squared: Whether errors of reuse are squared; otherwise all of them add up as they are, as
+            in the paper's objective.
     """
 
     shallow: NDArray[np.float64]
@@ -71,6 +72,7 @@ class ReuseErrors:
     unguided: NDArray[np.float64]
     noise: Mapping[Mode, NDArray[np.float64]] = field(default_factory=dict)
     across: Mapping[Mode, NDArray[np.float64]] = field(default_factory=dict)
+    squared: bool = True
     _found: dict[_State, dict[Mode, _Move]] = field(default_factory=dict, init=False, repr=False)
 
     def parts(self, schedule: CacheSchedule) -> ErrorParts:
@@ -98,8 +100,7 @@ class ReuseErrors:
         return found
 
     def total(self, schedule: CacheSchedule) -> float:
-        """Returns what the dynamic program minimises: the mean squared error of the final latents
-        that the sum of a schedule's steps makes.
+        """Returns what the dynamic program minimises: the sum of what a schedule's steps add.
 
         Raises:
             ScheduleError: The schedule has another length, or a step that was not measured.
@@ -116,47 +117,64 @@ class ReuseErrors:
         if state not in self._found:
             # the noise that goes on is of the last full step, or of the last that was guided
             back = state.gap + 1 if state.guided_anchor else state.unguided + 1
-            moves = {}
-            for mode, after, reuse in self._reusing(state):
+            so_far, moves = self._so_far(state), {}
+            for mode, after in self._nexts(state):
+                reused = self._reused(after)
+                if mode.is_unguided and not (state.skipped or state.unguided):
+                    reused = reused + np.r_[0, self._reused(state)[:-1]]
+                reuse = reused * (reused + 2 * so_far * (not mode.is_full))
                 noise = np.zeros(len(reuse))
                 if self.noise:
                     noise += self.noise[mode][:, min(back, len(reuse) - 1)]
                 if self.across:
-                    noise += self.across[mode] * reuse**2
-                moves[mode] = _Move(after, reuse.tolist(), noise.tolist())
+                    noise += self.across[mode] * reused**2
+                added = reuse if self.squared else reused
+                moves[mode] = _Move(after, added.tolist(), noise.tolist())
             self._found[state] = moves
         return self._found[state]
 
-    def _reusing(self, state: _State) -> Iterator[tuple[Mode, _State, NDArray[np.float64]]]:
-        """Yields a step's modes with the next state and the (T,) amplitudes that reuse adds."""
+    def _nexts(self, state: _State) -> Iterator[tuple[Mode, _State]]:
+        """Yields the modes that a step may have, with the state after it."""
         gap, skipped, unguided = state.gap + 1, state.skipped + 1, state.unguided + 1
-        nothing = np.zeros(len(self.shallow))
-        yield Mode.FULL, _State(), nothing
-        shallow, reusable = nothing, gap < self.shallow.shape[1]
-        if reusable:
-            shallow = _by_step(self.shallow, gap)
-        difference, forecastable = nothing, unguided < self.unguided.shape[1]
-        if forecastable:
-            difference = _by_step(self.unguided, unguided)
+        reusable, forecastable = gap < self.shallow.shape[1], unguided < self.unguided.shape[1]
+        yield Mode.FULL, _State()
         if reusable and state.guided_anchor:
-            yield Mode.SHALLOW, _State(gap), shallow
+            yield Mode.SHALLOW, _State(gap)
         if forecastable:
-            yield Mode.FULL_UNGUIDED, _State(0, guided_anchor=False, unguided=unguided), difference
+            yield Mode.FULL_UNGUIDED, _State(0, guided_anchor=False, unguided=unguided)
             if reusable:
-                after = _State(gap, state.guided_anchor, 0, unguided)
-                yield Mode.SHALLOW_UNGUIDED, after, shallow + difference
-        # what the step that a forecast builds on did not compute goes on to be wrong in it
+                yield Mode.SHALLOW_UNGUIDED, _State(gap, state.guided_anchor, 0, unguided)
         known = (reusable or gap <= skipped) and (forecastable or unguided <= skipped)
         if known and skipped < self.skip.shape[1]:
-            carried = shallow * (gap > skipped) + difference * (unguided > skipped)
             unguided = min(unguided, self.unguided.shape[1])  # beyond that all is too far back
-            after = _State(gap, state.guided_anchor, skipped, unguided)
-            yield Mode.SKIP, after, _by_step(self.skip, skipped) + carried
+            yield Mode.SKIP, _State(gap, state.guided_anchor, skipped, unguided)
+
+    def _reused(self, state: _State) -> NDArray[np.float64]:
+        """Returns (T,) what each step errs by that leaves a state. What the step that a forecast
+        builds on did not compute goes on to be wrong in it."""
+        reused = _by_step(self.skip, state.skipped)
+        if state.gap > state.skipped:
+            reused = reused + _by_step(self.shallow, state.gap)
+        if state.unguided > state.skipped:
+            reused = reused + _by_step(self.unguided, state.unguided)
+        return reused
+
+    def _so_far(self, state: _State) -> NDArray[np.float64]:
+        """Returns (T,) what has added up since the last full step, by the step after a state;
+        steps before those that were skipped are taken to have been shallow."""
+        so_far = np.zeros(len(self.shallow))
+        for back in range(min(state.gap + 1, len(so_far))):
+            skipped, unguided = (max(since - back, 0) for since in state[2:])
+            reused = self._reused(_State(state.gap - back, state.guided_anchor, skipped, unguided))
+            so_far[back + 1 :] += reused[: len(so_far) - back - 1]
+        return so_far
 
 
 def _by_step(errors: NDArray[np.float64], back: int) -> NDArray[np.float64]:
     """Returns (T,) what each step errs by that builds on the one so far back; 0 of the first."""
-    return np.concatenate([np.zeros(back), errors[: len(errors) - back, back]])
+    by_step = np.zeros(len(errors))
+    by_step[back:] = errors[: len(errors) - back, back]
+    return by_step
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,47 +206,11 @@ _Part: TypeAlias = tuple[tuple[_State, Mode], _Labels, int, float]
 """A state before and the mode after it, its labels, and what all of those have more by then."""
 
 
-def search_plans(
-    errors: ReuseErrors, mode_ms: Mapping[Mode, float]
-) -> list[tuple[CacheSchedule, float]]:
-    """Returns the schedules that no other found beats in both time and error, each with its
-    `ReuseErrors.total`, the fastest first.
-
-    That total is convex in the amplitude of reuse, so that near its best plans it is a weighted
-    sum, with the amplitude's slope as its weight; a few weights are searched, each exactly.
-
-    Args:
-        errors: Of T steps.
-        mode_ms: What a step of each mode takes.
-    """
-    found = candidate_plans(errors, mode_ms)
-    timed = [(sum(mode_ms[mode] for mode in s.modes), errors.total(s), s) for s in found]
-    best: list[tuple[CacheSchedule, float]] = []
-    for _, total, schedule in sorted(timed, key=lambda plan: plan[:2]):
-        if not best or total < best[-1][1]:
-            best.append((schedule, total))
-    return best
-
-
-def candidate_plans(
-    errors: ReuseErrors, mode_ms: Mapping[Mode, float]
-) -> tuple[CacheSchedule, ...]:
-    """Returns all schedules that `search_plans` chooses among."""
-    searched = (search_frontier(errors, mode_ms, weight) for weight in _weights(errors))
-    return tuple({schedule: None for plans in searched for schedule, _ in plans})
-
-
-def _weights(errors: ReuseErrors) -> tuple[float, ...]:
-    """Returns slopes of the total by amplitude: where noise is most of it, to where reuse is."""
-    noise = errors.total(CacheSchedule.all_full(len(errors.shallow)))
-    return tuple(slope * noise**0.5 for slope in _SLOPES) if noise else (1.0,)
-
-
 def search_frontier(
-    errors: ReuseErrors, mode_ms: Mapping[Mode, float], weight: float = 1.0
+    errors: ReuseErrors, mode_ms: Mapping[Mode, float]
 ) -> list[tuple[CacheSchedule, float]]:
-    """Returns the schedules that no other beats in both time and error, each with its error, the
-    fastest first.
+    """Returns the schedules that no other beats in both time and `ReuseErrors.total`, each with
+    that, the fastest first.
 
     Exact for the sum of the steps' times (to a nanosecond) and of their errors. What a forecast
     costs is taken to depend on how far back the last computed value lies, not on how far back
@@ -237,7 +219,6 @@ def search_frontier(
     Args:
         errors: Of T steps.
         mode_ms: What a step of each mode takes.
-        weight: Of the amplitude of reuse; the error is its multiple and noise together.
     """
     ns = {mode: round(taken * _NS_PER_MS) for mode, taken in mode_ms.items()}
     start = np.array([errors._first.noise])
@@ -246,7 +227,7 @@ def search_frontier(
         found = defaultdict(list)
         for state, labels in layers[-1].items():
             for mode, (after, reuse, noise) in errors._moves(state).items():
-                error = labels.more_error + weight * reuse[step] + noise[step]
+                error = labels.more_error + reuse[step] + noise[step]
                 found[after].append(((state, mode), labels, labels.more_ns + ns[mode], error))
         layers.append({after: _undominated(parts) for after, parts in found.items()})
     ends = layers[-1].items()

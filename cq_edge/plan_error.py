@@ -54,7 +54,7 @@ def plan_errors(
     """
     errors = table.reuse_errors()
     reuse = np.array([errors.parts(schedule).reuse for schedule in schedules])
-    return table.base_error + reuse**2 + noise_powers(table, noise_scheduler, schedules)
+    return table.base_error + reuse + noise_powers(table, noise_scheduler, schedules)
 
 
 def noise_powers(

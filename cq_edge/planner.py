@@ -7,7 +7,7 @@ import numpy as np
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import UsageError
-from cq_edge.frontier import ReuseErrors, candidate_plans, search_plans
+from cq_edge.frontier import ReuseErrors, search_frontier
 from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 from cq_edge.plan_error import plan_errors
@@ -34,7 +34,7 @@ class Plan:
     """A cache schedule with what it is predicted to cost.
 
     `table` was measured on the noise scheduler and the steps that it is for, `error` is the
-    predicted mean squared error of the final latents (of the paper's objective its sum, squared),
+    predicted mean squared error of the final latents (of the paper's objective its sum),
     `picture_ms` the time of a picture (prompts, loop, decoding), `speedup` how many times faster
     its loop is than the bundle's own steps all full.
     """
@@ -70,7 +70,7 @@ def plan_frontier(
     full_ms = profile.loop_ms(CacheSchedule.all_full(len(tables[0].timesteps)), branches)
     plans = []
     for table in tables if objective == OBJECTIVES[0] else tables[:1]:
-        found = candidate_plans(table.reuse_errors(objective), mode_ms)
+        found = [plan for plan, _ in search_frontier(table.reuse_errors(objective), mode_ms)]
         errors = predicted_errors(table, noise_schedule, found, objective)
         for schedule, error in zip(found, errors, strict=True):
             plans.append(_priced(schedule, table, error, full_ms, profile, branches))
@@ -139,7 +139,7 @@ def best_with_full_steps(errors: ReuseErrors, full_steps: int) -> CacheSchedule:
         raise UsageError(f"{full_steps} full steps of {step_count}: ask for 1 to {step_count}")
     guided = replace(errors, unguided=np.zeros((step_count, 1)))
     cost = {mode: float(mode.is_full) for mode in Mode}
-    found = [schedule for schedule, _ in search_plans(guided, cost)]
+    found = [schedule for schedule, _ in search_frontier(guided, cost)]
     fits = [schedule for schedule in found if schedule.counts["full"] <= full_steps]
     if not fits:
         fewest = found[0].counts["full"]
@@ -157,7 +157,7 @@ def predicted_errors(
     objective: str,
 ) -> list[float]:
     """Returns what schedules are predicted to err by: by our objective the mean squared error of
-    the final latents, by the paper's its sum, squared.
+    the final latents, by the paper's its sum.
 
     Args:
         table: What steps err by.

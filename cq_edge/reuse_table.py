@@ -172,7 +172,7 @@ class ReuseTable:
             noise = noise_by_mode(self.own, self.noise_influence, self.guidance_scale)
             return ReuseErrors(shallow, skip, unguided, noise, self._across)
         never = np.zeros((len(shallow), 1))
-        return ReuseErrors(shallow, never, never)
+        return ReuseErrors(shallow, never, never, squared=False)
 
     def require_for(self, noise_scheduler: NoiseScheduler) -> None:
         """Refuses a noise scheduler of other timesteps.

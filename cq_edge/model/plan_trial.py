@@ -1,9 +1,8 @@
 """What a table's errors are worth in the final latents, from two plans that are tried.
 
-The influence of single steps supposes Gaussian data, and that errors of reuse point one way all
-along. So the noise of every step full and wholly computed is scaled to what that run ends in,
-less the part of it that is the same in all steps and so in all plans, and then the errors of reuse
-to what a plan that computes little ends in.
+The influence of single steps supposes Gaussian data. So the noise of every step full and wholly
+computed is scaled to what that run ends in, less the part of it that is the same in all steps and
+so in all plans, and then the errors of reuse half way to what a plan that computes little ends in.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.forecast import Forecast
-from cq_edge.frontier import search_plans
+from cq_edge.frontier import search_frontier
 from cq_edge.model.reuse_trial import ShallowGraph
 from cq_edge.model.trajectory import Loop, Prompt, mean_square
 from cq_edge.plan_error import noise_powers
@@ -30,6 +29,10 @@ for a picture."""
 _FRESH = 0.88
 """The share of quantisation's error in the final latents that is new at every step; fitted to
 plans of the demo model."""
+_TRUST = 0.5
+"""How far errors of reuse are scaled to those of the trial, by their logarithms: a few prompts
+tell them no better than the influence of steps does, which was within a quarter of what plans of
+the demo model err by."""
 _LEAST_REUSE = 0.1
 """The least share of a trial's error that counts as reuse's, where noise alone seems to be more."""
 
@@ -71,8 +74,9 @@ def scaled_to_trial(
     exact_finals: Sequence[Tensor],
     on_step: Callable[[], object] = lambda: None,
 ) -> ReuseTable:
-    """Returns a table whose predictions are right for every step full and wholly computed, and for
-    a plan that computes little; its base error has grown by what quantisation does to all plans.
+    """Returns a table whose predictions are right for every step full and wholly computed, and
+    nearer to it for a plan that computes little; its base error has grown by what quantisation does
+    to all plans.
 
     Args:
         table: Of the loop's noise scheduler; its influences are scaled.
@@ -94,7 +98,7 @@ def scaled_to_trial(
     )
     # a step without the negative prompt cannot be run branch by branch
     errors = replace(table.reuse_errors(), unguided=np.zeros((len(table.timesteps), 1)))
-    plans = search_plans(errors, dict(zip(Mode, _MODE_COSTS, strict=True)))
+    plans = search_frontier(errors, dict(zip(Mode, _MODE_COSTS, strict=True)))
     most = max(_FULL_STEPS, int(_FULL_SHARE * len(table.timesteps)))
     thrifty = [s for s, _ in plans if s.counts["full"] <= most]
     schedule = thrifty[-1] if thrifty else plans[0][0]
@@ -103,7 +107,7 @@ def scaled_to_trial(
     found = typical_distance(finals, exact_finals)
     (noise,) = noise_powers(table, loop.noise_scheduler, [schedule])
     left = max(found - shared - noise, _LEAST_REUSE * found)
-    reuse = _ratio(left, errors.parts(schedule).reuse ** 2)
+    reuse = _ratio(left, errors.parts(schedule).reuse) ** _TRUST
     return replace(table, reuse_influence=table.reuse_influence * np.sqrt(reuse))
 
 

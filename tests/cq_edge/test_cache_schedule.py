@@ -50,7 +50,7 @@ def anchors_of(schedule):
 def total_error(errors, schedule):
     """The sum of the errors of a schedule's shallow steps."""
     never = np.zeros((len(errors), 1))
-    return ReuseErrors(errors, never, never).parts(schedule).reuse
+    return ReuseErrors(errors, never, never, squared=False).total(schedule)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -28,6 +28,14 @@ def test_only_the_last_two_values_count():
     )
 
 
+def test_the_change_from_a_value_that_was_computed_in_part_does_not_go_on():
+    whole = Forecast().after(1, 10.0).after(2, 99.0, in_part=True)
+    assert whole.at(3) == 99  # the newest is still the best there is
+    assert whole.after(3, 16.0).at(4, WEIGHTS) == 19
+    assert whole.after(3, 16.0, in_part=True).points == ((3, 16.0), (1, 10.0))
+    assert whole.after(3, 16.0).after(5, 20.0).points == ((5, 20.0), (3, 16.0))
+
+
 def test_without_a_weight_for_its_steps_the_last_value_is_taken_again():
     forecast = after((1, 10.0), (3, 16.0))
     for found in (

@@ -101,7 +101,7 @@ def test_format_version_stands_first_and_the_text_ends_with_a_newline(bundle):
     write_manifest(bundle, manifest())
     text = (bundle / "manifest.json").read_text()
     assert next(iter(json.loads(text))) == "format_version"
-    assert text.startswith('{\n  "format_version": 7,\n')
+    assert text.startswith('{\n  "format_version": 8,\n')
     assert text.endswith("}\n")
 
 
@@ -257,17 +257,17 @@ def remover(*keys):
 
 WRONG = [
     (
-        setter(8, "format_version"),
-        " was written by a newer cq-edge (format_version 8; this one reads 7): upgrade cq-edge",
+        setter(9, "format_version"),
+        " was written by a newer cq-edge (format_version 9; this one reads 8): upgrade cq-edge",
     ),
     (
         setter(1, "format_version"),
-        " was written by an older cq-edge (format_version 1; this one reads 7): build the bundle "
+        " was written by an older cq-edge (format_version 1; this one reads 8): build the bundle "
         "again",
     ),
-    (setter(0, "format_version"), ": format_version is 0: it must be 7"),
-    (setter(True, "format_version"), ": format_version is true: it must be 7"),
-    (remover("format_version"), ": format_version is missing: it must be 7"),
+    (setter(0, "format_version"), ": format_version is 0: it must be 8"),
+    (setter(True, "format_version"), ": format_version is true: it must be 8"),
+    (remover("format_version"), ": format_version is missing: it must be 8"),
     (lambda _: [1], " holds an array: it must hold an object"),
     (
         setter(1, "latents", "depth"),

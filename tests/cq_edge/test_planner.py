@@ -6,7 +6,7 @@ import pytest
 
 from cq_edge.cache_schedule import CacheSchedule, Mode, plan_full_steps
 from cq_edge.errors import UsageError
-from cq_edge.frontier import search_plans
+from cq_edge.frontier import search_frontier
 from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 from cq_edge.plan_error import plan_errors
@@ -40,7 +40,7 @@ def random_table(seed, steps=8, max_gap=3, base_error=0.0, name="ddim"):
     ones = np.ones((steps, max_gap + 1, 2), np.float32)
     timesteps = make_noise_scheduler(name, steps, NOISE_SCHEDULE).timesteps
     return ReuseTable(
-        name, steps, 5.0, base_error, timesteps, *2 * [np.ones(steps)], errors, 3 * errors,
+        name, steps, 5.0, base_error, timesteps, *2 * [np.ones(steps)], errors, 3 * errors, errors,
         2 * errors[:, :3], 0.7 * errors[:, :2],
         *(no_forecast(steps, columns) for columns in (max_gap + 1, 3, 2)),
         np.zeros(errors.shape, np.float32), *4 * [ones],
@@ -56,10 +56,10 @@ def without_forecasts(table):
 @pytest.mark.parametrize("seed", range(5))
 def test_of_full_and_shallow_steps_the_frontier_is_the_papers_program_at_every_count(seed):
     table = replace(without_forecasts(random_table(seed)), noise_influence=np.zeros(8))
-    errors = table.reuse_errors()
+    errors = replace(table.reuse_errors(), squared=False)
     for count in range(2, 9):
         papers = plan_full_steps(errors.shallow, count)
-        plans = search_plans(errors, {mode: PROFILE.mode_ms(mode, 2) for mode in Mode})
+        plans = search_frontier(errors, {mode: PROFILE.mode_ms(mode, 2) for mode in Mode})
         ms = PROFILE.loop_ms(papers, 2)
         total = [total for plan, total in plans if PROFILE.loop_ms(plan, 2) <= ms][-1]
         assert total <= errors.total(papers) + 1e-12
@@ -104,7 +104,7 @@ def test_along_the_frontier_time_rises_and_error_falls():
 
 def test_a_full_step_that_helps_nothing_is_not_on_the_frontier():
     table = random_table(0)
-    for array in (table.noise_pred, table.skip, table.unguided):
+    for array in (table.noise_pred, table.shallow, table.skip, table.unguided):
         array[2:] = 0  # whatever builds on step 2 or later is free
     assert plan_frontier([table], PROFILE, 1, NOISE_SCHEDULE)[-1].error == 0
     assert plan_frontier([table], PROFILE, 1, NOISE_SCHEDULE)[-1].schedule.counts["full"] < 8

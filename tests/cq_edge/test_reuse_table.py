@@ -25,10 +25,11 @@ def table():
                 for correction in (gain, bias, output_gain, output_bias):
                     correction[anchor, gap] = np.nan
     timesteps = np.linspace(900, 1, T, dtype=np.float32)
-    skip, unguided = 2 * noise_pred[:, :2], 3 * noise_pred
+    alone = noise_pred * (np.arange(G + 1) > 0)
+    skip, unguided = 2 * alone[:, :2], 3 * alone
     weights = [rng.uniform(0, 1, (T, n + 1, n)).astype(np.float32) for n in (G + 1, 2, G + 1)]
     share = np.linspace(0, 0.5, T * (G + 1), dtype=np.float32).reshape(T, G + 1)
-    errors = (noise_pred, feature_l1, skip, unguided, *weights, share)
+    errors = (noise_pred, feature_l1, alone, skip, unguided, *weights, share)
     influences = np.linspace(-1, 2, T), np.linspace(1, 2, T)
     corrections = (gain, bias, output_gain, output_bias)
     return ReuseTable("pndm", 4, 7.5, 0.25, timesteps, *influences, *errors, *corrections)
@@ -53,6 +54,7 @@ def test_a_table_survives_its_file_bit_for_bit(tmp_path):
         "reuse_influence",
         "noise_pred",
         "feature_l1",
+        "shallow",
         "skip",
         "unguided",
         "feature_weight",
@@ -90,12 +92,11 @@ def test_correction_is_the_entry_of_anchor_and_gap():
 
 def test_errors_are_those_of_the_objective_asked_for():
     given = table()
-    found, own = given.errors(), given.noise_pred[:, 0]
+    found = given.errors()
     for anchor in range(T):
         for gap in range(min(G, T - 1 - anchor) + 1):
             step = anchor + gap
-            more = max(0, given.noise_pred[anchor, gap] - own[step])
-            moved = np.sqrt(more) * given.reuse_influence[step]
+            moved = np.sqrt(given.shallow[anchor, gap]) * given.reuse_influence[step]
             assert found[anchor, gap] == pytest.approx(moved)
     assert (found[:, 0] == 0).all()
     np.testing.assert_array_equal(table().errors("feature_l1"), table().feature_l1)
@@ -162,12 +163,13 @@ def test_refuses_a_correction_that_was_not_measured(anchor, step):
         (
             {"bias": np.ones((T, G + 1, C + 1), np.float32)},
             "timesteps (5,), noise_influence (5,), reuse_influence (5,), noise_pred (5, 3), "
-            "feature_l1 (5, 3), skip (5, 2), unguided (5, 3), forecast_share (5, 3), "
+            "feature_l1 (5, 3), forecast_share (5, 3), shallow (5, 3), skip (5, 2), "
+            "unguided (5, 3), "
             "feature_weight (5, 4, 3), skip_weight (5, 3, 2), unguided_weight (5, 4, 3), "
             "gain (5, 3, 3), bias (5, 3, 4), "
             "output_gain (5, 3, 6), output_bias (5, 3, 6) of a reuse table do not belong "
-            "together: they must be (T,) three times, (T, G+1) twice, (T, R+1), (T, U+1), "
-            "(T, G+1), (T, G+2, G+1), (T, R+2, R+1), (T, U+2, U+1), (T, G+1, C) twice, and "
+            "together: they must be (T,) three times, (T, G+1) four times, (T, R+1), (T, U+1), "
+            "(T, G+2, G+1), (T, R+2, R+1), (T, U+2, U+1), (T, G+1, C) twice, and "
             "(T, G+1, 2C') twice",
         ),
         (
@@ -346,18 +348,11 @@ def test_a_share_of_reuse_counts_as_noise_more_without_the_negative_prompt_and_a
 
 def test_only_our_objective_knows_what_forecasts_cost():
     ours, papers = table().reuse_errors(), table().reuse_errors("feature_l1")
-    for name, found in (("noise_pred", ours.shallow), ("skip", ours.skip)):
+    for name in ("shallow", "skip", "unguided"):
         for anchor, gap in ((0, 1), (2, 1)):
-            step = anchor + gap
-            more = max(0, getattr(table(), name)[anchor, gap] - table().noise_pred[step, 0])
-            moved = np.sqrt(more) * table().reuse_influence[step]
-            assert found[anchor, gap] == pytest.approx(moved)
-    # of two branches' noise the prompt's is new, what both differed by goes on
-    anchor, gap, scale = 1, 2, table().guidance_scale
-    share = (2 * (scale - 1) ** 2 + 1) / (scale**2 + (scale - 1) ** 2)
-    added = max(0, table().unguided[anchor, gap] - share * table().noise_pred[anchor + gap, 0])
-    moved = np.sqrt(added) * table().reuse_influence[anchor + gap]
-    assert ours.unguided[anchor, gap] == pytest.approx(moved)
+            alone = getattr(table(), name)[anchor, gap]
+            moved = np.sqrt(alone) * table().reuse_influence[anchor + gap]
+            assert getattr(ours, name)[anchor, gap] == pytest.approx(moved)
     assert (ours.unguided[:, 0] == 0).all()
     assert set(ours.noise) == set(Mode)
     assert not papers.noise

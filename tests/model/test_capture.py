@@ -8,6 +8,7 @@ from cq_edge.forecast import Forecast, expected_back
 from cq_edge.influence import noise_influence, reuse_influence
 from cq_edge.model.capture import MAX_SKIP, MAX_UNGUIDED, RUNS, capture
 from cq_edge.model.reuse_trial import Consumers, Graphs
+from cq_edge.model.trajectory import Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 _SHAPE = (4, 4, 4)
@@ -169,11 +170,9 @@ def test_errors_are_measured_against_the_float_denoiser_and_so_is_a_full_steps_o
         return capture(*given, guidance_scale=3.0, max_gap=2).table
 
     table, same = measured(exact), measured(_FLOAT)
-    for name in ("noise_pred", "skip", "unguided"):
-        own = getattr(table, name)[:, 0]
-        # both branches are off by the same, which guidance leaves as it is
-        np.testing.assert_allclose(own, 0.25**2, rtol=1e-5)
-        np.testing.assert_array_equal(getattr(same, name)[:, 0], 0)
+    # both branches are off by the same, which guidance leaves as it is
+    np.testing.assert_allclose(table.own, 0.25**2, rtol=1e-5)
+    np.testing.assert_array_equal(same.own, 0)
     assert not np.array_equal(table.noise_pred[:-2, 1], same.noise_pred[:-2, 1])
 
 
@@ -290,6 +289,37 @@ def test_forecasts_go_on_as_far_as_leaves_the_least_error():
                 assert found <= min(more, less) * (1 + 1e-3)
 
 
+def test_what_reuse_alone_errs_by_is_that_of_the_float_graphs_in_their_own_loop():
+    def noisy(latents, timestep, embeddings):
+        noise_pred, feature = _FLOAT(latents, timestep, embeddings)
+        return noise_pred + 0.3 * torch.sin(1e4 * latents), feature.round(decimals=1)
+
+    def measured(full):
+        given = (Graphs(full, _shallow), _FLOAT_GRAPHS, _EXACT, _prompts(2), _scheduler(), _SHAPE)
+        return capture(*given, guidance_scale=3.0, max_gap=3).table
+
+    table, (clean, recorder) = measured(noisy), (measured(_FLOAT), _Recorder(2, 2))
+    for number, prompt in enumerate(_prompts(2)):
+        for _ in Loop(recorder, _scheduler(), _SHAPE, 3.0).run(number, prompt):
+            pass
+    runs = [_by_step(recorder, n) for n in range(2)]
+    for anchor in range(_STEPS):
+        assert table.shallow[anchor, 0] == table.skip[anchor, 0] == table.unguided[anchor, 0] == 0
+        for gap in range(1, min(3, _STEPS - 1 - anchor) + 1):
+            correction, squares = table.correction(anchor, anchor + gap).cache, []
+            for features in runs:
+                reused = correction.apply(_forecast(table, features, anchor, gap))
+                left = reused - features[anchor + gap]
+                squares.append(np.square((left[0] + 3 * (left[1] - left[0]))[:4]).mean())
+            assert table.shallow[anchor, gap] == pytest.approx(np.mean(squares), rel=1e-3)
+    # noise makes weights smaller, which leaves more of the change; nothing else of it is in them
+    for name in ("skip", "unguided"):
+        found, best = getattr(table, name), getattr(clean, name)
+        assert (found >= best * (1 - 1e-6)).all()
+        weights = {f"{name}_weight": getattr(clean, f"{name}_weight")}
+        assert not np.allclose(getattr(table, f"{name}_weight"), weights[f"{name}_weight"])
+
+
 def test_a_forecast_has_the_share_in_full_steps_that_leaves_the_least_error():
     recorder, pairs = _Recorder(1, 2), []
 
@@ -347,7 +377,7 @@ def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none()
         _SHAPE,
         guidance_scale=2.0,
     )
-    assert len(calls) == RUNS * 2 * _STEPS
+    assert len(calls) == (RUNS - 1) * 2 * _STEPS  # the last is the float denoiser's
     calls.clear()
     capture(
         Graphs(counted, _shallow),
@@ -358,7 +388,7 @@ def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none()
         _SHAPE,
         guidance_scale=1.0,
     )
-    assert len(calls) == RUNS * _STEPS
+    assert len(calls) == (RUNS - 1) * _STEPS
 
 
 def test_progress_is_told_of_every_step_of_every_run():
