@@ -1,7 +1,8 @@
 """Forecasts of what a graph would give at a step that does not run it.
 
 Cached features and noise predictions go on changing as they changed last: what is forecast is the
-last computed value, and a share of what it differs by from the one before. How large a share
+last computed value, and a share of what it differs by from the last before it that was wholly
+computed. How large a share
 depends on which three steps these are; calibration fits it (docs/forecasts.md,
 `python -m benchmarks.forecasts`), and so says how much of a change is noise of quantised layers,
 which does not go on.
@@ -22,7 +23,8 @@ i + g goes on with; 0 where there are no such steps."""
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What goes on from the last computed value and the one before that was wholly computed.
+    """What goes on from the last computed value and the last before it that was wholly computed: by
+    a full step, guided or not.
 
     A value that was computed in part errs by what it reused. As the newest it is still the best
     there is; but the change from it to the next one is that error as much as a change.

@@ -26,7 +26,8 @@ class _State(NamedTuple):
 
 
 class ErrorParts(NamedTuple):
-    """What a plan errs by, as parts of the mean squared error of the final latents."""
+    """What a plan errs by, as parts of the mean squared error of the final latents; by the paper's
+    objective `reuse` is its sum."""
 
     reuse: float
     noise: float
@@ -59,7 +60,8 @@ class ReuseErrors:
         skip: (T, R+1): forecasting from step i, the last that ran a graph. Had that step reused a
             feature or left the negative prompt out, the forecast errs by that too.
         unguided: (T, U+1): forecasting what the negative prompt changes from step i, the last
-            that ran it. Had that step reused a feature, the one after it errs by that too.
+            that ran it. Had that step reused a feature, the step right after it errs by that too;
+            later ones are taken not to, as the states do not tell.
         noise: Of each mode (T, T), as `noise_by_mode` gives it; empty without any.
         across: Of each mode (T,): by step, what the square of all that such a step errs by adds to
             the noise, as far as it is like noise; empty without any.
@@ -119,16 +121,17 @@ class ReuseErrors:
             back = state.gap + 1 if state.guided_anchor else state.unguided + 1
             so_far, moves = self._so_far(state), {}
             for mode, after in self._nexts(state):
-                reused = self._reused(after)
+                amplitude = added = self._reused(after)
                 if mode.is_unguided and not (state.skipped or state.unguided):
-                    reused = reused + np.r_[0, self._reused(state)[:-1]]
-                reuse = reused * (reused + 2 * so_far * (not mode.is_full))
-                noise = np.zeros(len(reuse))
+                    amplitude = added = amplitude + np.r_[0, self._reused(state)[:-1]]
+                if self.squared:
+                    run = 0 if mode.is_full else so_far
+                    added = amplitude * (amplitude + 2 * run)
+                noise = np.zeros(len(added))
                 if self.noise:
-                    noise += self.noise[mode][:, min(back, len(reuse) - 1)]
+                    noise += self.noise[mode][:, min(back, len(noise) - 1)]
                 if self.across:
-                    noise += self.across[mode] * reused**2
-                added = reuse if self.squared else reused
+                    noise += self.across[mode] * amplitude**2
                 moves[mode] = _Move(after, added.tolist(), noise.tolist())
             self._found[state] = moves
         return self._found[state]
@@ -160,8 +163,9 @@ class ReuseErrors:
         return reused
 
     def _so_far(self, state: _State) -> NDArray[np.float64]:
-        """Returns (T,) what has added up since the last full step, by the step after a state;
-        steps before those that were skipped are taken to have been shallow."""
+        """Returns (T,) what has added up since the last full step, by the step after a state; what
+        a state does not tell of the steps before is taken to have been shallow, and unguided as
+        far back as the last of them were."""
         so_far = np.zeros(len(self.shallow))
         for back in range(min(state.gap + 1, len(so_far))):
             skipped, unguided = (max(since - back, 0) for since in state[2:])
@@ -209,10 +213,10 @@ _Part: TypeAlias = tuple[tuple[_State, Mode], _Labels, int, float]
 def search_frontier(
     errors: ReuseErrors, mode_ms: Mapping[Mode, float]
 ) -> list[tuple[CacheSchedule, float]]:
-    """Returns the schedules that no other beats in both time and `ReuseErrors.total`, each with
-    that, the fastest first.
+    """Returns the schedules that no other beats in both time and the sum of `ReuseErrors.parts`,
+    each with that, the fastest first.
 
-    Exact for the sum of the steps' times (to a nanosecond) and of their errors. What a forecast
+    Exact for that sum, and for the steps' times to a nanosecond. What a forecast
     costs is taken to depend on how far back the last computed value lies, not on how far back
     the one before it does.
 

@@ -1,7 +1,8 @@
 """What given plans err by: their noise walked through the loop, their errors of reuse added up.
 
-The dynamic program needs errors that add up over steps, whatever other steps do. A given plan needs
-no such thing: how far noise goes depends on which later steps answer to it. So the noise of every
+The dynamic program needs errors that depend on no more of the steps before than a few counts. The
+noise of a given plan needs no such thing: how far it goes depends on which later steps answer to
+it. So the noise of every
 step's layers is followed through the plan's own loop, with a denoiser of Gaussian data that answers
 to noise in the latents as far as the graphs of that step do: a full step wholly, a shallow one by
 what it computes, a forecast not at all. What a step takes from others brings their noise with it,
@@ -93,7 +94,11 @@ class _Line:
         return forecast
 
     def after(
-        self, step: int, value: Noise, where: NDArray[np.bool_], in_part: NDArray[np.bool_]
+        self,
+        step: int,
+        value: Noise,
+        where: NDArray[np.bool_],
+        in_part: NDArray[np.bool_] | bool = False,
     ) -> None:
         """Takes a step's value into the plans that computed it, of some in part."""
         kept = where & ~self._in_part
@@ -167,8 +172,8 @@ class _Walk:
         share = self._forecast_share[:, step, None]
         computed = prompt + (scale - 1) * difference
         prediction: Noise = computed + share * (forecast - computed) + self._reused(step)
-        self._prompt.after(step, prompt_feature, full, ~full)
-        self._negative.after(step, negative_feature, both, ~full)
+        self._prompt.after(step, prompt_feature, full)
+        self._negative.after(step, negative_feature, both)
         self._difference.after(step, difference, ~skip & ~unguided, ~full)
         self._predictions.after(step, prediction, ~skip, ~full)
         return prediction

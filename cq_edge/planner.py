@@ -171,7 +171,7 @@ def predicted_errors(
     """
     if objective != OBJECTIVES[0]:
         errors = table.reuse_errors(objective)
-        return [table.base_error + errors.total(schedule) for schedule in schedules]
+        return [errors.total(schedule) for schedule in schedules]
     noise_scheduler = make_noise_scheduler(table.noise_scheduler, table.steps, noise_schedule)
     predicted: list[float] = plan_errors(table, noise_scheduler, schedules).tolist()
     return predicted

@@ -29,7 +29,7 @@ from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.quantisation_noise import noise_by_mode
 
 OBJECTIVES = ("noise_pred", "feature_l1")
-"""What a plan may minimise the sum of; the first is the default."""
+"""The errors that a plan may minimise; the first is the default."""
 
 _ALONE = ("shallow", "skip", "unguided")
 _ERRORS = (*OBJECTIVES, *_ALONE)
@@ -39,9 +39,8 @@ _WEIGHTS = ("feature_weight", "skip_weight", "unguided_weight")
 RUN_COLUMNS = (*_CORRECTIONS, *_WEIGHTS, "forecast_share")
 """What changes the pictures of a given plan; the others only choose plans."""
 _ACROSS, _ACROSS_UNGUIDED, _ACROSS_LAST = 0.3, 1.0, 4.0
-"""How much of the mean squared error that reuse adds to a step counts as noise in the sum: of a
-guided step, of an unguided one, and of the last, whose errors no later step mends. Fitted, with
-what calibration tries of plans, to plans of the demo model."""
+"""How much of what reuse alone errs by counts as noise in the sum: of a guided step, of an unguided
+one, and of the last, whose errors no later step mends. Fitted to plans of the demo model."""
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 

@@ -119,7 +119,7 @@ def reuse_table(noise_scheduler: str = "ddim", steps: int = STEPS) -> ReuseTable
         reuse_influence=np.ones(len(timesteps)),
         noise_pred=noise_pred,
         feature_l1=feature_l1,
-        shallow=noise_pred.copy(),
+        shallow=0.7 * noise_pred,
         skip=skip,
         unguided=unguided,
         feature_weight=_weights(noise_pred, 0.6),

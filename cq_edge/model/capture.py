@@ -3,11 +3,11 @@
 Every prompt is run four times, with the full graph at every step. The first run compares the
 cached features of every anchor step i and later step k = i + gap: their L1 distance (the paper's
 objective), how far the feature goes on as it changed before, and the cache correction, which maps
-what is so forecast onto step k's best. The second run fits the quantisation correction of the
-layers that consume the corrected feature. The third predicts each step k with the shallow graph
-from every feature i, and measures how far the guided noise prediction is from the float
-denoiser's; a half of the correction that hardly helps is dropped.
-How far forecasts are from it is measured on the first run.
+what is so forecast onto step k's best; forecasts of predictions are fitted on it too. The second
+fits the quantisation correction of the layers that consume the corrected feature. The third
+predicts each step k with the shallow graph from every feature i, and measures how far the guided
+noise prediction is from the float denoiser's; a half of the correction that hardly helps is
+dropped. The fourth runs the float graphs in their own loop, and measures what reuse alone errs by.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -96,7 +96,7 @@ def capture(
     Args:
         shipped: `FullUNet` and `ShallowUNet`, or anything that is called as they are; what will
             be exported, so that its quantisation is part of what is measured.
-        exact: The float ones, whose predictions are what all errors are measured against.
+        exact: The float ones: what all errors are measured against, and reuse alone with.
         consumers: The layers that the cached feature goes into.
         prompts: The embeddings to calibrate with.
         noise_scheduler: Of T steps.
@@ -132,16 +132,20 @@ def capture(
             right = truth - (visit.noise_pred - added)
             differences.take(visit.step, added.numpy(), right.numpy())
             on_step()
-    weight = features.weights()
-    cache = features.corrections(weight)
-    quantisation = fit_quantisation(loop, consumers, prompts, weight, cache, on_step)
+    feature, skip, unguided = features.weights(), predictions.weights(), differences.weights()
+    cache = features.corrections(feature)
+    quantisation = fit_quantisation(loop, consumers, prompts, feature, cache, on_step)
     error, cache, quantisation = _worth_having(
-        loop, shipped.shallow, prompts, truths, weight, cache, quantisation, on_step
+        loop, shipped.shallow, prompts, truths, feature, cache, quantisation, on_step
     )
-    skip, unguided = predictions.weights(), differences.weights()
-    exact_loop, halves = replace(loop, full=exact.full), (cache, quantisation.identity())
-    weights = weight, skip, unguided
-    alone = reuse_alone(exact_loop, exact.shallow, prompts, weights, halves, on_step)
+    alone = reuse_alone(
+        replace(loop, full=exact.full),
+        exact.shallow,
+        prompts,
+        (feature, skip, unguided),
+        (cache, quantisation.identity()),
+        on_step,
+    )
     noise_pred = _means(error, len(prompts))
     forecast, common = (x / len(prompts) for x in predictions.products.beside(skip))
     table = ReuseTable(
@@ -157,7 +161,7 @@ def capture(
         shallow=alone.shallow,
         skip=alone.skip,
         unguided=alone.unguided,
-        feature_weight=weight,
+        feature_weight=feature,
         skip_weight=skip,
         unguided_weight=unguided,
         forecast_share=forecast_share(noise_pred, forecast, common),

@@ -153,8 +153,8 @@ def calibrate(
     Args:
         pipeline: Gives the prompts' embeddings and the noise schedule.
         config: What to calibrate for.
-        optimized: The modules: the float full one to compare noise schedulers and steps with, and
-            both shallow ones for the quantisation correction.
+        optimized: The modules: the float ones are what errors are measured against, and what
+            reuse alone is measured with; the edge shallow one fits the quantisation correction.
         full: The full graph; exported ones are faster than eager modules, and the real thing.
         shallow: The shallow graph.
         on_step: Called after every step that is run (`calibration_steps`), for progress bars.

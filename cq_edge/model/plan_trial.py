@@ -31,8 +31,8 @@ _FRESH = 0.88
 plans of the demo model."""
 _TRUST = 0.5
 """How far errors of reuse are scaled to those of the trial, by their logarithms: a few prompts
-tell them no better than the influence of steps does, which was within a quarter of what plans of
-the demo model err by."""
+tell them no better than the influence of steps does, which alone is within a sixth of what plans
+of the demo model err by."""
 _LEAST_REUSE = 0.1
 """The least share of a trial's error that counts as reuse's, where noise alone seems to be more."""
 
@@ -75,8 +75,8 @@ def scaled_to_trial(
     on_step: Callable[[], object] = lambda: None,
 ) -> ReuseTable:
     """Returns a table whose predictions are right for every step full and wholly computed, and
-    nearer to it for a plan that computes little; its base error has grown by what quantisation does
-    to all plans.
+    nearer to right for a plan that computes little; its base error has grown by what quantisation
+    does to all plans.
 
     Args:
         table: Of the loop's noise scheduler; its influences are scaled.

@@ -58,4 +58,6 @@ def reuse_alone(
         for anchor, reused in tried:
             squares[anchor, visit.step - anchor] += mean_square(reused - truth)
     sums = squares, predictions.products.left(skip), differences.products.left(unguided)
+    for computed in sums:
+        computed[:, 0] = 0  # but for rounding
     return ReuseAlone(*(x / len(prompts) for x in sums))

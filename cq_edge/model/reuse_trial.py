@@ -124,7 +124,7 @@ def reuse_squares(
     prompts: Sequence[Prompt],
     truths: Mapping[tuple[int, int], Tensor],
     weights: Weights,
-    halves: Sequence[tuple[Corrections, Corrections]],
+    choices: Sequence[tuple[Corrections, Corrections]],
     on_step: Callable[[], object],
 ) -> NDArray[np.float64]:
     """Returns (N, T, G+1) mean squared errors of the guided noise prediction of every step i + g
@@ -136,16 +136,16 @@ def reuse_squares(
         prompts: The embeddings to run.
         truths: What the float graph predicts, guided, by number of the prompt and step.
         weights: How far features are forecast to go on.
-        halves: N choices of a cache correction and a quantisation correction to try.
+        choices: N pairs of a cache correction and a quantisation correction to try.
         on_step: Called after each step of each prompt.
     """
-    total, columns = halves[0][0].gain.shape[:2]
-    squares = np.zeros((len(halves), total, columns))
+    total, columns = choices[0][0].gain.shape[:2]
+    squares = np.zeros((len(choices), total, columns))
     for number, visit, earlier in visits(loop, prompts, columns - 1, on_step):
         truth = truths[number, visit.step]
         squares[:, visit.step, 0] += mean_square(visit.noise_pred - truth)
-        for index, half in enumerate(halves):
-            tried = reusing(loop, shallow, prompts[number], visit, earlier, weights, half)
+        for index, halves in enumerate(choices):
+            tried = reusing(loop, shallow, prompts[number], visit, earlier, weights, halves)
             for anchor, reused in tried:
                 squares[index, anchor, visit.step - anchor] += mean_square(reused - truth)
     return squares

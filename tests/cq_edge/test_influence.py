@@ -58,6 +58,23 @@ def test_a_denoiser_of_gaussian_data_mends_what_the_influence_says(name, predict
     np.testing.assert_allclose(moved, 0.25 * found, rtol=1e-6, atol=1e-9)
 
 
+def test_each_error_may_have_a_spread_of_its_own():
+    noise_scheduler = make_noise_scheduler("pndm", 8, NoiseScheduleConfig())
+    spreads = np.linspace(0.05, 3, 9)
+    found = step_influence(noise_scheduler, spreads)
+    for step, spread in enumerate(spreads):
+        alone = step_influence(noise_scheduler, float(spread))[step]
+        assert found[step] == pytest.approx(alone, rel=1e-12)
+
+
+def test_errors_of_reuse_are_of_coarser_shapes_the_more_noise_there_is():
+    noise_scheduler = make_noise_scheduler("ddim", 8, NoiseScheduleConfig())
+    spreads = np.hypot(0.3, 0.1 * np.array(noise_scheduler.sigmas[:8]))
+    alone = np.abs(np.pad(step_influence(noise_scheduler, spreads), 1))
+    expected = (alone[:-2] + 2 * alone[1:-1] + alone[2:]) / 4
+    np.testing.assert_allclose(reuse_influence(noise_scheduler), expected)
+
+
 def test_a_multistep_scheduler_ends_with_changing_signs_which_neighbours_even_out():
     noise_scheduler = make_noise_scheduler("pndm", 50, NoiseScheduleConfig())
     noise, reuse = noise_influence(noise_scheduler), reuse_influence(noise_scheduler)

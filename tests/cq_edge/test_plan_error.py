@@ -32,7 +32,7 @@ def table(noise_scheduler=SCHEDULER, scale=SCALE):
     influences = (rng.uniform(-1, 1, total), rng.uniform(0, 1, total))
     return ReuseTable(
         noise_scheduler.name, noise_scheduler.steps, scale, 0.25, noise_scheduler.timesteps,
-        *influences, errors[0], alone[0], *alone, *weights, share, *4 * [ones],
+        *influences, errors[0], alone[0], 0.7 * alone[0], *alone[1:], *weights, share, *4 * [ones],
     )  # fmt: skip
 
 

@@ -40,8 +40,8 @@ def random_table(seed, steps=8, max_gap=3, base_error=0.0, name="ddim"):
     ones = np.ones((steps, max_gap + 1, 2), np.float32)
     timesteps = make_noise_scheduler(name, steps, NOISE_SCHEDULE).timesteps
     return ReuseTable(
-        name, steps, 5.0, base_error, timesteps, *2 * [np.ones(steps)], errors, 3 * errors, errors,
-        2 * errors[:, :3], 0.7 * errors[:, :2],
+        name, steps, 5.0, base_error, timesteps, *2 * [np.ones(steps)], 2 * errors, 3 * errors,
+        errors, 2 * errors[:, :3], 0.7 * errors[:, :2],
         *(no_forecast(steps, columns) for columns in (max_gap + 1, 3, 2)),
         np.zeros(errors.shape, np.float32), *4 * [ones],
     )  # fmt: skip

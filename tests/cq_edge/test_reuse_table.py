@@ -29,7 +29,7 @@ def table():
     skip, unguided = 2 * alone[:, :2], 3 * alone
     weights = [rng.uniform(0, 1, (T, n + 1, n)).astype(np.float32) for n in (G + 1, 2, G + 1)]
     share = np.linspace(0, 0.5, T * (G + 1), dtype=np.float32).reshape(T, G + 1)
-    errors = (noise_pred, feature_l1, alone, skip, unguided, *weights, share)
+    errors = (noise_pred, feature_l1, 0.7 * alone, skip, unguided, *weights, share)
     influences = np.linspace(-1, 2, T), np.linspace(1, 2, T)
     corrections = (gain, bias, output_gain, output_bias)
     return ReuseTable("pndm", 4, 7.5, 0.25, timesteps, *influences, *errors, *corrections)

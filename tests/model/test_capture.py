@@ -60,6 +60,15 @@ def _shallow(latents, timestep, embeddings, feature, gain, bias, output_gain, ou
     return 0.1 * latents + corrected[:, :4] + embeddings.mean((1, 2)).view(-1, 1, 1, 1)
 
 
+def _rounding(latents, timestep, embeddings, feature, gain, bias, output_gain, output_bias):
+    """A shallow graph whose consuming layers went wrong, and take their correction."""
+    plain = _shallow(latents, timestep, embeddings, feature, gain, bias, None, None)
+    corrected = gain.view(1, -1, 1, 1) * feature + bias.view(1, -1, 1, 1)
+    wrong = corrected[:, :4] * _WRONG_GAIN + _WRONG_BIAS
+    mended = output_gain.view(1, -1, 1, 1) * wrong + output_bias.view(1, -1, 1, 1)
+    return plain - corrected[:, :4] + mended
+
+
 _FLOAT_GRAPHS = Graphs(_FLOAT, _shallow)
 
 
@@ -202,16 +211,9 @@ def test_a_correction_that_makes_predictions_worse_is_dropped():
 
 
 def test_layers_that_went_wrong_are_mended_after_the_feature_is():
-    def consuming(latents, timestep, embeddings, feature, gain, bias, output_gain, output_bias):
-        plain = _shallow(latents, timestep, embeddings, feature, gain, bias, None, None)
-        corrected = gain.view(1, -1, 1, 1) * feature + bias.view(1, -1, 1, 1)
-        wrong = corrected[:, :4] * _WRONG_GAIN + _WRONG_BIAS
-        mended = output_gain.view(1, -1, 1, 1) * wrong + output_bias.view(1, -1, 1, 1)
-        return plain - corrected[:, :4] + mended
-
     recorder, scale = _Recorder(2, 2), 2.0
     table = capture(
-        Graphs(recorder, consuming),
+        Graphs(recorder, _rounding),
         _FLOAT_GRAPHS,
         Consumers(_rounded, _consumed),
         _prompts(2),
@@ -294,30 +296,39 @@ def test_what_reuse_alone_errs_by_is_that_of_the_float_graphs_in_their_own_loop(
         noise_pred, feature = _FLOAT(latents, timestep, embeddings)
         return noise_pred + 0.3 * torch.sin(1e4 * latents), feature.round(decimals=1)
 
-    def measured(full):
-        given = (Graphs(full, _shallow), _FLOAT_GRAPHS, _EXACT, _prompts(2), _scheduler(), _SHAPE)
-        return capture(*given, guidance_scale=3.0, max_gap=3).table
+    def only_without_output_correction(*inputs):
+        return _shallow(*inputs) + 5 * (inputs[6] != 1).any()
 
-    table, (clean, recorder) = measured(noisy), (measured(_FLOAT), _Recorder(2, 2))
-    for number, prompt in enumerate(_prompts(2)):
-        for _ in Loop(recorder, _scheduler(), _SHAPE, 3.0).run(number, prompt):
-            pass
+    scale, floats = 3.0, Graphs(_FLOAT, only_without_output_correction)
+    given = (Consumers(_rounded, _consumed), _prompts(2), _scheduler(), _SHAPE)
+    table = capture(Graphs(noisy, _rounding), floats, *given, guidance_scale=scale, max_gap=3).table
+    assert not (table.output_gain[:-3, 1:] == 1).all()
+    recorder = _Recorder(2, 2)
+    loop, prompts = Loop(recorder, _scheduler(), _SHAPE, scale), _prompts(2)
+    visits = [list(loop.run(number, prompt)) for number, prompt in enumerate(prompts)]
+    values = {
+        "skip": [[v.noise_pred.numpy() for v in run] for run in visits],
+        "unguided": [[(scale - 1) * v.difference.numpy() for v in run] for run in visits],
+    }
     runs = [_by_step(recorder, n) for n in range(2)]
     for anchor in range(_STEPS):
         assert table.shallow[anchor, 0] == table.skip[anchor, 0] == table.unguided[anchor, 0] == 0
         for gap in range(1, min(3, _STEPS - 1 - anchor) + 1):
-            correction, squares = table.correction(anchor, anchor + gap).cache, []
-            for features in runs:
-                reused = correction.apply(_forecast(table, features, anchor, gap))
-                left = reused - features[anchor + gap]
-                squares.append(np.square((left[0] + 3 * (left[1] - left[0]))[:4]).mean())
-            assert table.shallow[anchor, gap] == pytest.approx(np.mean(squares), rel=1e-3)
-    # noise makes weights smaller, which leaves more of the change; nothing else of it is in them
-    for name in ("skip", "unguided"):
-        found, best = getattr(table, name), getattr(clean, name)
-        assert (found >= best * (1 - 1e-6)).all()
-        weights = {f"{name}_weight": getattr(clean, f"{name}_weight")}
-        assert not np.allclose(getattr(table, f"{name}_weight"), weights[f"{name}_weight"])
+            step, back = anchor + gap, expected_back(anchor, gap)
+            correction = table.correction(anchor, step).cache
+            left = [correction.apply(_forecast(table, f, anchor, gap)) - f[step] for f in runs]
+            guided = [np.square((x[0] + scale * (x[1] - x[0]))[:4]).mean() for x in left]
+            assert table.shallow[anchor, gap] == pytest.approx(np.mean(guided), rel=1e-3)
+            for name, of_runs in values.items():
+                squares = []
+                for value in of_runs:
+                    line = Forecast()
+                    for computed in sorted({anchor - back, anchor}):
+                        line = line.after(computed, value[computed])
+                    expected = line.at(step, getattr(table, f"{name}_weight"))
+                    squares.append(np.square(expected - value[step]).mean())
+                found = getattr(table, name)[anchor, gap]
+                assert found == pytest.approx(np.mean(squares), rel=1e-3, abs=1e-9)
 
 
 def test_a_forecast_has_the_share_in_full_steps_that_leaves_the_least_error():

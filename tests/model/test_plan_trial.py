@@ -60,7 +60,7 @@ def _table(steps, max_gap, skip):
     none = np.zeros((steps, 2, 1), np.float32)
     return ReuseTable(
         "ddim", steps, 1.0, 0.125, _loop(steps).noise_scheduler.timesteps,
-        *2 * [np.ones(steps)], errors, errors, errors.copy(), skip, never, quarter, half, none,
+        *2 * [np.ones(steps)], 2 * errors, errors, errors.copy(), skip, never, quarter, half, none,
         np.full(errors.shape, 0.375, np.float32), *2 * [ones, zeros],
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ def _by_hand(loop, number, modes, reach):
 
 
 @pytest.mark.parametrize("skips", [True, False])
-def test_the_table_is_scaled_to_what_two_plans_really_err_by(skips):
+def test_the_table_is_scaled_to_every_step_full_and_half_way_to_a_plan_that_computes_little(skips):
     steps = 20
     # skipping once costs nearly nothing, twice in a row much
     skip = np.tile([0.0, 1e-6, 9.0], (steps, 1)) if skips else np.zeros((steps, 1))

@@ -156,7 +156,7 @@ def test_each_branch_forecasts_its_own_feature_and_both_share_the_correction() -
         guided = predictions[0] + np.float32(5.0) * (predictions[1] - predictions[0])
         if mode == "F" and step:
             guided += SHARE * (line.at(step, table.skip_weight) - guided)
-        line = line.after(step, guided)
+        line = line.after(step, guided, in_part=mode == "S")
         latents, history = scheduler.advance(latents, guided, step, history)
     found = records(modes)
     assert np.array_equal(found[-1].latents, latents)
@@ -209,6 +209,49 @@ def test_a_skip_step_runs_nothing_and_goes_on_as_far_as_the_table_says() -> None
         np.testing.assert_allclose(found[step].latents, latents, rtol=1e-5, atol=1e-6)
     assert [found[2].mode, found[3].mode] == [Mode.SKIP] * 2
     assert found[3].latents.dtype == np.float32
+
+
+def predictions(found: list[StepRecord]) -> list[NDArray[Any]]:
+    """The guided prediction of every step, told by where DDIM's update, which is linear, led."""
+    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
+    latents, predicted = initial_latents(SHAPE, 3, 1.0), []
+    for record in found:
+        zero, one = (
+            scheduler.advance(latents, np.full_like(latents, value), record.step, ())[0]
+            for value in (0, 1)
+        )
+        predicted.append((record.latents - zero) / (one - zero))
+        latents = record.latents
+    return predicted
+
+
+@pytest.mark.parametrize(
+    ("modes", "points"), [("FFSK", (1, 2)), ("FSFK", (0, 2)), ("FSsFK", (0, 3))]
+)
+def test_what_a_shallow_step_computed_is_not_gone_on_from(
+    modes: str, points: tuple[int, ...]
+) -> None:
+    predicted = predictions(records(modes + "F" * (STEPS - len(modes))))
+    line, skipped = Forecast(), len(modes) - 1
+    for step in points:
+        line = line.after(step, predicted[step])
+    expected = line.at(skipped, reuse_table().skip_weight)
+    np.testing.assert_allclose(predicted[skipped], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_nor_is_what_the_negative_prompt_changed_in_one() -> None:
+    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
+    found = records("FSFf" + "F" * 6)
+    seen = [initial_latents(SHAPE, 3, 1.0), *(record.latents for record in found)]
+    line, guesses, predicted = Forecast(), Forecast(), predictions(found)
+    for step in (0, 2):
+        negative, prompt = full_by_hand(scheduler, seen[step], step)
+        line = line.after(step, prompt - negative)
+        guesses = guesses.after(step, predicted[step])
+    _, prompt = full_by_hand(scheduler, seen[3], 3)
+    guided = prompt + 4 * line.at(3, reuse_table().unguided_weight)
+    guided += SHARE * (guesses.at(3, reuse_table().skip_weight) - guided)
+    np.testing.assert_allclose(predicted[3], guided, rtol=1e-3, atol=1e-4)
 
 
 def test_after_a_step_that_was_not_computed_a_full_one_takes_nothing_from_forecasts() -> None:
