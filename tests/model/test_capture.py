@@ -50,6 +50,7 @@ def _rounded(*inputs):
     return _consumed(*inputs) * _WRONG_GAIN + _WRONG_BIAS
 
 
+_ROUNDED = Consumers(_rounded, _consumed)
 _WRONG_GAIN = torch.tensor([0.8, 1.1, 0.9, 1.3]).view(1, 4, 1, 1)
 _WRONG_BIAS = torch.tensor([0.1, -0.2, 0.3, 0.0]).view(1, 4, 1, 1)
 
@@ -101,15 +102,17 @@ def _scheduler():
     return make_noise_scheduler("ddim", _STEPS, NoiseScheduleConfig())
 
 
+def _captured(shipped, exact=_FLOAT_GRAPHS, consumers=_EXACT, prompts=1, **options):
+    """What calibration measures of graphs on so many prompts."""
+    given = (shipped, exact, consumers, _prompts(prompts), _scheduler(), _SHAPE)
+    return capture(*given, **options)
+
+
 def test_errors_and_corrections_are_those_of_the_features_seen():
     recorder = _Recorder(2, 3)
-    table = capture(
+    table = _captured(
         Graphs(recorder, _shallow),
-        _FLOAT_GRAPHS,
-        _EXACT,
-        _prompts(3),
-        _scheduler(),
-        _SHAPE,
+        prompts=3,
         max_gap=3,
     ).table
     assert table.feature_l1.shape == (_STEPS, 4)
@@ -135,13 +138,9 @@ def test_errors_and_corrections_are_those_of_the_features_seen():
 
 def test_noise_prediction_errors_are_what_the_corrected_features_leave():
     recorder, scale = _Recorder(2, 3), 3.0
-    calibration = capture(
+    calibration = _captured(
         Graphs(recorder, _shallow),
-        _FLOAT_GRAPHS,
-        _EXACT,
-        _prompts(3),
-        _scheduler(),
-        _SHAPE,
+        prompts=3,
         max_gap=3,
         guidance_scale=scale,
     )
@@ -168,15 +167,8 @@ def test_errors_are_measured_against_the_float_denoiser_and_so_is_a_full_steps_o
         return noise_pred + 0.25 * torch.sign(latents), feature
 
     def measured(against):
-        given = (
-            Graphs(_Recorder(0, 0), _shallow),
-            Graphs(against, _shallow),
-            _EXACT,
-            _prompts(2),
-            _scheduler(),
-            _SHAPE,
-        )
-        return capture(*given, guidance_scale=3.0, max_gap=2).table
+        shipped, floats = (Graphs(full, _shallow) for full in (_Recorder(0, 0), against))
+        return _captured(shipped, floats, prompts=2, guidance_scale=3.0, max_gap=2).table
 
     table, same = measured(exact), measured(_FLOAT)
     # both branches are off by the same, which guidance leaves as it is
@@ -190,13 +182,8 @@ def test_a_correction_that_makes_predictions_worse_is_dropped():
         return _shallow(*inputs) + 5 * (inputs[4] != 1).any()
 
     recorder = _Recorder(2, 1)
-    table = capture(
+    table = _captured(
         Graphs(recorder, picky),
-        _FLOAT_GRAPHS,
-        _EXACT,
-        _prompts(1),
-        _scheduler(),
-        _SHAPE,
         max_gap=2,
         guidance_scale=2,
     ).table
@@ -212,13 +199,10 @@ def test_a_correction_that_makes_predictions_worse_is_dropped():
 
 def test_layers_that_went_wrong_are_mended_after_the_feature_is():
     recorder, scale = _Recorder(2, 2), 2.0
-    table = capture(
+    table = _captured(
         Graphs(recorder, _rounding),
-        _FLOAT_GRAPHS,
-        Consumers(_rounded, _consumed),
-        _prompts(2),
-        _scheduler(),
-        _SHAPE,
+        prompts=2,
+        consumers=_ROUNDED,
         max_gap=2,
         guidance_scale=scale,
     ).table
@@ -246,7 +230,6 @@ def test_layers_that_went_wrong_are_mended_after_the_feature_is():
 
 def test_forecasts_go_on_as_far_as_leaves_the_least_error():
     recorder, scale = _Recorder(2, 2), 3.0
-    prompts = _prompts(2)
     predictions = []
 
     def full(latents, timestep, embeddings):
@@ -254,15 +237,7 @@ def test_forecasts_go_on_as_far_as_leaves_the_least_error():
         predictions.append(noise_pred.numpy())
         return noise_pred, feature
 
-    table = capture(
-        Graphs(full, _shallow),
-        _FLOAT_GRAPHS,
-        _EXACT,
-        prompts,
-        _scheduler(),
-        _SHAPE,
-        guidance_scale=scale,
-    ).table
+    table = _captured(Graphs(full, _shallow), prompts=2, guidance_scale=scale).table
     assert table.skip.shape == (_STEPS, MAX_SKIP + 1)
     assert table.unguided.shape == (_STEPS, MAX_UNGUIDED + 1)
     for step in range(1, _STEPS):
@@ -299,9 +274,8 @@ def test_what_reuse_alone_errs_by_is_that_of_the_float_graphs_in_their_own_loop(
     def only_without_output_correction(*inputs):
         return _shallow(*inputs) + 5 * (inputs[6] != 1).any()
 
-    scale, floats = 3.0, Graphs(_FLOAT, only_without_output_correction)
-    given = (Consumers(_rounded, _consumed), _prompts(2), _scheduler(), _SHAPE)
-    table = capture(Graphs(noisy, _rounding), floats, *given, guidance_scale=scale, max_gap=3).table
+    scale, given = 3.0, (Graphs(_FLOAT, only_without_output_correction), _ROUNDED, 2)
+    table = _captured(Graphs(noisy, _rounding), *given, guidance_scale=scale, max_gap=3).table
     assert not (table.output_gain[:-3, 1:] == 1).all()
     recorder = _Recorder(2, 2)
     loop, prompts = Loop(recorder, _scheduler(), _SHAPE, scale), _prompts(2)
@@ -340,8 +314,7 @@ def test_a_forecast_has_the_share_in_full_steps_that_leaves_the_least_error():
         pairs.append((noise_pred.numpy(), truth.numpy()))
         return noise_pred, feature
 
-    given = (Graphs(full, _shallow), _FLOAT_GRAPHS, _EXACT, _prompts(2), _scheduler(), _SHAPE)
-    table = capture(*given, guidance_scale=1.0).table
+    table = _captured(Graphs(full, _shallow), prompts=2, guidance_scale=1.0).table
     runs = [pairs[n * _STEPS : (n + 1) * _STEPS] for n in range(2)]
     shares = []
     for step in range(1, _STEPS):
@@ -360,13 +333,8 @@ def test_a_forecast_has_the_share_in_full_steps_that_leaves_the_least_error():
 
 
 def test_without_guidance_there_is_no_negative_prompt_to_leave_out():
-    table = capture(
+    table = _captured(
         Graphs(_Recorder(0, 0), _shallow),
-        _FLOAT_GRAPHS,
-        _EXACT,
-        _prompts(1),
-        _scheduler(),
-        _SHAPE,
         guidance_scale=1.0,
     ).table
     assert table.unguided.shape == (_STEPS, 1)
@@ -379,24 +347,14 @@ def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none()
         calls.append(inputs)
         return _Recorder(0, 0)(*inputs)
 
-    capture(
+    _captured(
         Graphs(counted, _shallow),
-        _FLOAT_GRAPHS,
-        _EXACT,
-        _prompts(1),
-        _scheduler(),
-        _SHAPE,
         guidance_scale=2.0,
     )
     assert len(calls) == (RUNS - 1) * 2 * _STEPS  # the last is the float denoiser's
     calls.clear()
-    capture(
+    _captured(
         Graphs(counted, _shallow),
-        _FLOAT_GRAPHS,
-        _EXACT,
-        _prompts(1),
-        _scheduler(),
-        _SHAPE,
         guidance_scale=1.0,
     )
     assert len(calls) == (RUNS - 1) * _STEPS
@@ -404,21 +362,14 @@ def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none()
 
 def test_progress_is_told_of_every_step_of_every_run():
     told = []
-    capture(
-        Graphs(_Recorder(0, 0), _shallow), _FLOAT_GRAPHS, _EXACT, _prompts(2), _scheduler(), _SHAPE,
-        on_step=lambda: told.append(None),
+    _captured(Graphs(_Recorder(0, 0), _shallow), prompts=2, on_step=lambda: told.append(None),
     )  # fmt: skip
     assert len(told) == RUNS * 2 * _STEPS
 
 
 def test_the_largest_gap_is_cut_to_what_the_steps_allow():
-    table = capture(
+    table = _captured(
         Graphs(_Recorder(0, 0), _shallow),
-        _FLOAT_GRAPHS,
-        _EXACT,
-        _prompts(1),
-        _scheduler(),
-        _SHAPE,
         max_gap=99,
     ).table
     assert table.max_gap == _STEPS - 1
@@ -426,13 +377,8 @@ def test_the_largest_gap_is_cut_to_what_the_steps_allow():
 
 def test_samples_carry_the_anchor_feature_of_the_guided_branch():
     recorder = _Recorder(2, 1)
-    samples = capture(
+    samples = _captured(
         Graphs(recorder, _shallow),
-        _FLOAT_GRAPHS,
-        _EXACT,
-        _prompts(1),
-        _scheduler(),
-        _SHAPE,
         max_gap=3,
     ).samples
     assert [s.step for s in samples] == [0, 2, 3, 5]
@@ -447,7 +393,7 @@ def test_a_non_finite_prediction_stops_with_the_prompt_and_step_named():
         return worth * latents, latents
 
     with pytest.raises(CalibrationError) as caught:
-        capture(Graphs(broken, _shallow), _FLOAT_GRAPHS, _EXACT, _prompts(1), _scheduler(), _SHAPE)
+        _captured(Graphs(broken, _shallow))
     assert str(caught.value) == "prompt 0, step 4: the denoiser gave a non-finite prediction"
 
 
@@ -458,7 +404,7 @@ def test_a_non_finite_feature_stops_with_its_channel_named():
         return latents, feature
 
     with pytest.raises(CalibrationError) as caught:
-        capture(Graphs(broken, _shallow), _FLOAT_GRAPHS, _EXACT, _prompts(1), _scheduler(), _SHAPE)
+        _captured(Graphs(broken, _shallow))
     assert str(caught.value) == ("prompt 0, step 4: channel 2 of the cached feature is not finite")
 
 
