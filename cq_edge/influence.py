@@ -11,7 +11,7 @@ _NOISE_SPREAD, _REUSE_SPREAD, _COARSENESS = 0.04, 0.3, 0.1
 """Standard deviation of the data in the directions that an error takes, of latents that have 1 in
 all: fresh noise lies across what pictures look like, errors of reuse along it; those of steps that
 see much noise in coarse directions, whose spread is a tenth of that noise. Fitted to runs of
-skips at eight places of the demo model's loop (`python -m benchmarks.reuse_influence`)."""
+skips at a few places of the demo model's loop (`benchmarks.reuse_influence` draws such)."""
 _NEIGHBOURS = (0.25, 0.5, 0.25)
 SMALL = 2.0**-30
 """What to scale noise by in a loop that may clip."""
