@@ -6,7 +6,7 @@ the float32 graphs, so that nothing but reuse errs:
     make evaluate
     python -m benchmarks.reuse_influence out/evaluate/float32    # writes docs/reuse_influence.md
 
-`cq_edge.influence` has the spread of the data in it that was fitted so.
+What `cq_edge.influence` takes the spread of the data to be was fitted to such runs.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from apps.engines import engine_for
 from cq_edge.cache_schedule import CacheSchedule
+from cq_edge.reuse_table import ReuseTable
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
 from runtime.draw import Method, draw
@@ -44,7 +45,7 @@ def main() -> None:
     table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
     plans = skipping_plans(len(table.timesteps), table.skip.shape[1] - 1)
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
-    measured = _measure(bundle, args.threads, list(plans.values()), captions)
+    measured = _measure(bundle, table, args.threads, list(plans.values()), captions)
     errors = table.reuse_errors()
     predicted = np.sqrt([errors.parts(plan).reuse for plan in plans.values()])
     text = _table(list(plans), predicted, measured, bundle)
@@ -69,12 +70,15 @@ def _skipping(total: int, steps: Sequence[int]) -> CacheSchedule:
 
 
 def _measure(
-    bundle: Bundle, threads: int | None, plans: Sequence[CacheSchedule], captions: Sequence[str]
+    bundle: Bundle,
+    table: ReuseTable,
+    threads: int | None,
+    plans: Sequence[CacheSchedule],
+    captions: Sequence[str],
 ) -> NDArray[np.float64]:
     """Returns (P, N): the root mean square of what each plan changes in each caption's final
     latents."""
-    engine, defaults = engine_for(bundle, threads), bundle.manifest.defaults
-    table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
+    engine = engine_for(bundle, threads)
     every = CacheSchedule.all_full(len(table.timesteps))
     moved = np.zeros((len(plans), len(captions)))
     for column, caption in enumerate(tqdm(captions, desc="captions")):

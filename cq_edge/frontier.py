@@ -216,9 +216,8 @@ def search_frontier(
     """Returns the schedules that no other beats in both time and the sum of `ReuseErrors.parts`,
     each with that, the fastest first.
 
-    Exact for that sum, and for the steps' times to a nanosecond. What a forecast
-    costs is taken to depend on how far back the last computed value lies, not on how far back
-    the one before it does.
+    Exact for that sum, and for the steps' times to a nanosecond. What a forecast costs is taken to
+    depend on how far back the last computed value lies, not on how far back the one before it does.
 
     Args:
         errors: Of T steps.

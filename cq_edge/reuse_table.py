@@ -146,7 +146,8 @@ class ReuseTable:
         return self.noise_pred[:, 0]
 
     def errors(self, objective: str = OBJECTIVES[0]) -> NDArray[np.float64]:
-        """Returns the (T, G+1) reuse errors that a plan is to minimise the sum of; 0 in column 0.
+        """Returns the (T, G+1) errors of shallow steps by an objective, 0 in column 0: of ours
+        amplitudes in the final latents, of the paper's `feature_l1`.
 
         Raises:
             UsageError: There is no such objective.

@@ -31,8 +31,7 @@ _FRESH = 0.88
 plans of the demo model."""
 _TRUST = 0.5
 """How far errors of reuse are scaled to those of the trial, by their logarithms: a few prompts
-tell them no better than the influence of steps does, which alone is within a sixth of what plans
-of the demo model err by."""
+tell them no better than the influence of steps alone does."""
 _LEAST_REUSE = 0.1
 """The least share of a trial's error that counts as reuse's, where noise alone seems to be more."""
 
