@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.forecast import Weights
+from cq_edge.frontier import ReuseErrors
 from cq_edge.influence import SMALL, noise_response
 from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.quantisation_noise import ALIKE, FADING, one_branch
@@ -29,7 +30,7 @@ _AS_NOISE, _AS_NOISE_UNGUIDED = 0.52, 1.16
 """Of the power of what reuse alone errs by in a guided and an unguided step, what goes on as noise
 does. All four fitted, with the share of noise that is new at every step, to plans of the demo
 model."""
-_LAST = 24
+LAST = 24
 """Steps whose noise is followed, the last: they mend what earlier ones leave, but for what is still
 reused in them."""
 _KINDS = 5
@@ -55,22 +56,58 @@ def plan_errors(
     """
     errors = table.reuse_errors()
     reuse = np.array([errors.parts(schedule).reuse for schedule in schedules])
+    for number, schedule in enumerate(schedules):
+        forecast = table.shares_in(schedule) * forecast_errors(errors, schedule)
+        reuse[number] += forecast @ forecast
     return table.base_error + reuse + noise_powers(table, noise_scheduler, schedules)
 
 
+def forecast_errors(errors: ReuseErrors, schedule: CacheSchedule) -> NDArray[np.float64]:
+    """Returns (T,) what the forecast of each step errs by where the step before was computed, by
+    reuse alone: as a skipped step does, and as the step before, by what that did not compute.
+
+    Args:
+        errors: As `ReuseTable.reuse_errors` gives them.
+        schedule: Of their T steps.
+    """
+    found = np.zeros(len(schedule))
+    if errors.skip.shape[1] > 1:
+        found[1:] = errors.skip[:-1, 1]
+    guided = 0
+    for step, anchor in enumerate(schedule.anchors[:-1]):
+        mode = schedule.modes[step]
+        if mode.is_shallow:
+            found[step + 1] += errors.shallow[anchor, step - anchor]
+        if mode.is_unguided:
+            found[step + 1] += errors.unguided[guided, step - guided]
+        elif mode is not Mode.SKIP:
+            guided = step
+    return found
+
+
 def noise_powers(
-    table: ReuseTable, noise_scheduler: NoiseScheduler, schedules: Sequence[CacheSchedule]
+    table: ReuseTable,
+    noise_scheduler: NoiseScheduler,
+    schedules: Sequence[CacheSchedule],
+    shares: NDArray[np.floating] | None = None,
 ) -> NDArray[np.float64]:
     """Returns (P,) the part of `plan_errors` that noise makes, scaled so that with every step full
     and wholly computed it is what the table's noise influence makes of it.
+
+    Args:
+        table: Says what quantisation and reuse err by.
+        noise_scheduler: That of the table.
+        schedules: P of the table's T steps.
+        shares: (P, T) of forecasts in full steps; the table's, if there are none.
 
     Raises:
         ScheduleError: The noise scheduler is not that of the table.
     """
     table.require_for(noise_scheduler)
     every = CacheSchedule.all_full(len(table.timesteps))
-    shares = [np.zeros(len(every)), *map(table.shares_in, schedules)]
-    powers = _Walk(table, noise_scheduler, [every, *schedules], np.array(shares)).powers()
+    shares = np.array([*map(table.shares_in, schedules)]) if shares is None else shares
+    shares = np.vstack([np.zeros(len(every)), shares])
+    powers = _Walk(table, noise_scheduler, [every, *schedules], shares).powers()
     scale = table.reuse_errors().parts(every).noise / powers[0] if powers[0] else 1.0
     scaled: NDArray[np.float64] = powers[1:] * scale
     return scaled
@@ -131,7 +168,7 @@ class _Walk:
         self._unguided = _where(schedules, lambda mode: mode.is_unguided)
         self._forecast_share = np.where(self._skip, 1.0, shares)
         self._total = len(table.timesteps)
-        self._followed = min(_LAST, self._total)
+        self._followed = min(LAST, self._total)
         self._nothing = np.zeros((len(schedules), 1))  # of any number of sources
         lines = (_Line(self._nothing) for _ in range(4))
         self._prompt, self._negative, self._difference, self._predictions = lines

@@ -70,7 +70,8 @@ def plan_frontier(
     full_ms = profile.loop_ms(CacheSchedule.all_full(len(tables[0].timesteps)), branches)
     plans = []
     for table in tables if objective == OBJECTIVES[0] else tables[:1]:
-        found = [plan for plan, _ in search_frontier(table.reuse_errors(objective), mode_ms)]
+        searched = table.errors_to_search(objective)
+        found = [plan for sums in searched for plan, _ in search_frontier(sums, mode_ms)]
         errors = predicted_errors(table, noise_schedule, found, objective)
         for schedule, error in zip(found, errors, strict=True):
             plans.append(_priced(schedule, table, error, full_ms, profile, branches))

@@ -47,30 +47,26 @@ def noise_by_mode(
     }
 
 
-def forecast_share(
-    noise_pred: NDArray[np.float64],
-    forecast: NDArray[np.float64],
-    common: NDArray[np.float64],
-) -> NDArray[np.float32]:
-    """Returns (T, G+1) float32, 0 to 1, as `ReuseTable.forecast_share`: the share of least squared
-    error. What a full step's graph errs by is noise that is new, or much of it; what its forecast
-    errs by is the noise of the steps before, what has changed since, and what reuse adds to the
-    last of them.
+def averaged_noise(
+    own: NDArray[np.float64],
+    influence: NDArray[np.float64],
+    forecast_share: NDArray[np.floating],
+) -> dict[Mode, NDArray[np.float64]]:
+    """Returns, as `noise_by_mode` does, what steps add where full steps in a row average their
+    noise away, which leaves little to cancel: all that a step has counts as new, and of a full step
+    after a full one as much as is not forecast.
 
     Args:
-        noise_pred: (T, G+1) mean squared errors of steps i + g that reuse step i.
-        forecast: (T,) those of each step's forecast, from the two full steps before.
-        common: (T,) the mean product of a full step's error with that of its forecast.
+        own: (T,) mean squared errors of full steps.
+        influence: (T,) of either sign: `noise_influence`.
+        forecast_share: (T,) of the step after each in that, where both are full.
     """
-    share = np.zeros(noise_pred.shape, np.float32)
-    for anchor, gap in np.ndindex(noise_pred.shape):
-        step = anchor + gap + 1
-        if step < len(noise_pred):
-            reused = max(noise_pred[anchor, gap] - noise_pred[step - 1, 0], 0)
-            mended = noise_pred[step, 0] - common[step]
-            apart = mended + forecast[step] + reused - common[step]
-            share[anchor, gap] = np.clip(mended / apart, 0, 1) if apart > 0 else 0
-    return share
+    total = len(own)
+    anew = np.broadcast_to((own * influence**2)[:, None], (total, total))
+    full = anew.copy()
+    if total > 1:
+        full[1:, 1] *= (1 - forecast_share[:-1]) ** 2
+    return {mode: full if mode is Mode.FULL else anew for mode in Mode}
 
 
 def one_branch(guidance_scale: float) -> float:

@@ -26,7 +26,7 @@ from cq_edge.errors import (
 from cq_edge.forecast import Weights
 from cq_edge.frontier import ReuseErrors
 from cq_edge.noise_scheduler import NoiseScheduler
-from cq_edge.quantisation_noise import noise_by_mode
+from cq_edge.quantisation_noise import averaged_noise, noise_by_mode
 
 OBJECTIVES = ("noise_pred", "feature_l1")
 """The errors that a plan may minimise; the first is the default."""
@@ -173,6 +173,19 @@ class ReuseTable:
             return ReuseErrors(shallow, skip, unguided, noise, self._across)
         never = np.zeros((len(shallow), 1))
         return ReuseErrors(shallow, never, never, squared=False)
+
+    def errors_to_search(self, objective: str = OBJECTIVES[0]) -> tuple[ReuseErrors, ...]:
+        """Returns what plans worth a closer look minimise one of: noise may cancel as it goes on,
+        or be averaged away where steps in a row are full, which no sum tells apart.
+
+        Raises:
+            UsageError: There is no such objective.
+        """
+        errors = self.reuse_errors(objective)
+        if not errors.noise:
+            return (errors,)
+        noise = averaged_noise(self.own, self.noise_influence, self.forecast_share[:, 0])
+        return errors, replace(errors, noise=noise)
 
     def require_for(self, noise_scheduler: NoiseScheduler) -> None:
         """Refuses a noise scheduler of other timesteps.

@@ -35,7 +35,6 @@ from cq_edge.model.reuse_trial import (
 )
 from cq_edge.model.trajectory import Loop, Prompt, Visit
 from cq_edge.noise_scheduler import NoiseScheduler
-from cq_edge.quantisation_noise import forecast_share
 from cq_edge.reuse_table import ReuseTable
 
 RUNS = 4
@@ -91,7 +90,7 @@ def capture(
     on_step: Callable[[], object] = lambda: None,
 ) -> Calibration:
     """Runs every prompt through all steps and returns what was measured; the table's base error
-    is left at 0.
+    and shares of forecasts are left at 0.
 
     Args:
         shipped: `FullUNet` and `ShallowUNet`, or anything that is called as they are; what will
@@ -147,7 +146,6 @@ def capture(
         on_step,
     )
     noise_pred = _means(error, len(prompts))
-    forecast, common = (x / len(prompts) for x in predictions.products.beside(skip))
     table = ReuseTable(
         noise_scheduler=noise_scheduler.name,
         steps=noise_scheduler.steps,
@@ -164,7 +162,7 @@ def capture(
         feature_weight=feature,
         skip_weight=skip,
         unguided_weight=unguided,
-        forecast_share=forecast_share(noise_pred, forecast, common),
+        forecast_share=np.zeros(noise_pred.shape, np.float32),
         gain=cache.gain,
         bias=cache.bias,
         output_gain=quantisation.gain,

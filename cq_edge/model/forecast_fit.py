@@ -51,29 +51,6 @@ class InnerProducts:
                 errors[step, gap] += weight * (weight * expected - 2 * product)
         return np.maximum(errors, 0)
 
-    def beside(self, weights: Weights) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Returns (T,) twice, of each step's forecast from the two steps before: its squared error,
-        and the product of its error with that of what was computed; in the products' unit, 0 of
-        the first step.
-
-        Args:
-            weights: (T, R+2, R+1), as `weights` returns.
-        """
-        error, common = np.zeros((2, len(self.squares)))
-        for step in range(1, len(self.squares)):
-            two, reaches = step > 1, weights.shape[2] > 1
-            on = float(weights[step - 1, 1, 1]) if two and reaches else 0.0
-            parts = np.array([1 + on, -on][: 1 + two])
-            back = slice(1, 1 + len(parts))
-            to_value, to_truth = parts @ self.values[step, back], parts @ self.truths[step, back]
-            itself = parts[0] ** 2 * self.values[step - 1, 0]
-            if two:
-                itself += 2 * parts[0] * parts[1] * self.values[step - 1, 1]
-                itself += parts[1] ** 2 * self.values[step - 2, 0]
-            error[step] = itself - 2 * to_truth + self.squares[step]
-            common[step] = to_value - to_truth - self.truths[step, 0] + self.squares[step]
-        return np.maximum(error, 0), common
-
     def _moved(self, step: int, back: int, gap: int) -> tuple[float, float]:
         """Returns the products of the last change with what changes next, and with itself."""
         later, values, before = self.truths[step + gap], self.values[step], step - back

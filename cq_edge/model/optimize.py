@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, from_numpy, nn
 
 from cq_edge.errors import UsageError
+from cq_edge.forecast_share import forecast_share
 from cq_edge.manifest import TOKEN_INPUTS
 from cq_edge.model.capture import RUNS, Calibration, capture
 from cq_edge.model.eight_bit_unet import eight_bit_unet
@@ -194,7 +195,8 @@ def calibrate(
         loop = replace(exact, full=full)
         finals = [*map(from_numpy, calibration.final_latents[: len(compared)])]
         table = scaled_to_trial(table, loop, shallow, compared, finals, exact_finals, on_step)
-        calibrations.append(replace(calibration, table=table))
+        share = forecast_share(table, noise_scheduler)
+        calibrations.append(replace(calibration, table=replace(table, forecast_share=share)))
     return tuple(calibrations)
 
 

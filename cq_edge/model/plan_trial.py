@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
@@ -78,7 +77,8 @@ def scaled_to_trial(
     does to all plans.
 
     Args:
-        table: Of the loop's noise scheduler; its influences are scaled.
+        table: Of the loop's noise scheduler, with no shares of forecasts yet; its influences are
+            scaled.
         loop: Of the full graph that ships.
         shallow: Its shallow graph.
         prompts: One or more.
@@ -124,14 +124,9 @@ class _Planned:
     table: ReuseTable
     schedule: CacheSchedule
     branches: int
-    _shares: NDArray[np.float32] = field(init=False)
     _calls: int = 0
     _features: dict[int, Forecast] = field(default_factory=dict)
     _predictions: dict[int, Forecast] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Looks the schedule's shares of forecasts up."""
-        self._shares = self.table.shares_in(self.schedule)
 
     def __call__(
         self, latents: Tensor, timestep: Tensor, *context: Tensor
@@ -144,9 +139,6 @@ class _Planned:
         if mode is Mode.FULL:
             noise_pred, feature = self.loop.full(latents, timestep, *context)
             self._features[branch] = features.after(step, feature)
-            if share := float(self._shares[step]):
-                forecast = self._predictions[branch].at(step, self.table.skip_weight)
-                noise_pred = torch.lerp(noise_pred, forecast, share)
         else:
             feature = features.at(step, self.table.feature_weight)
             if mode is Mode.SKIP:

@@ -1,0 +1,72 @@
+"""How much of a full step's noise prediction is better forecast than computed: what the noise of
+quantised layers is averaged away by.
+
+What a full step's graph errs by is noise that is new, or much of it, and what its forecast errs by
+is that of the steps before. The mean of both has less noise, and what is left of it is more like
+that of its neighbours, which a multistep noise scheduler weighs with changing signs. So a share is
+worth what it does to the final latents, not to its own step; and that depends on what the steps
+around it do. A share belongs to how far back the last full step is before the one that was computed
+last: each is chosen in loops in which every full step is like that.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.noise_scheduler import NoiseScheduler
+from cq_edge.plan_error import LAST, forecast_errors, noise_powers
+from cq_edge.reuse_table import ReuseTable
+
+_SWEEPS = 3
+"""How often all shares are chosen anew, each for the others; five leave them within a hundredth."""
+
+
+def forecast_share(table: ReuseTable, noise_scheduler: NoiseScheduler) -> NDArray[np.float32]:
+    """Returns (T, G+1), 0 to 1, as `ReuseTable.forecast_share`: the shares with which plans are
+    predicted to err least; 0 of steps too early for their noise to be followed to the end.
+
+    Args:
+        table: Says what quantisation and reuse err by; its own shares are not looked at.
+        noise_scheduler: That of the table.
+
+    Raises:
+        ScheduleError: The noise scheduler is not that of the table.
+    """
+    total, gaps = table.noise_pred.shape
+    places = [(gap, first) for gap in range(gaps) for first in range(gap + 1)]
+    loops = [_loop(total, *place) for place in places]
+    found = np.zeros((total, gaps), np.float32)
+    for (gap, first), shares in zip(places, _least(table, noise_scheduler, loops), strict=True):
+        for anchor in range(first, total - gap - 1, gap + 1):
+            found[anchor, gap] = shares[anchor + gap + 1]
+    return found
+
+
+def _loop(total: int, gap: int, first: int) -> CacheSchedule:
+    """Returns T steps: full ones up to `first`, then one after every `gap` shallow ones."""
+    full = (step <= first or (step - first) % (gap + 1) == 0 for step in range(total))
+    return CacheSchedule(tuple(Mode.FULL if f else Mode.SHALLOW for f in full))
+
+
+def _least(
+    table: ReuseTable, noise_scheduler: NoiseScheduler, loops: list[CacheSchedule]
+) -> NDArray[np.float64]:
+    """Returns (P, T) shares of P loops' full steps, each of least error with the others as they
+    are, the last of a loop first."""
+    total = len(table.timesteps)
+    full = np.array([[mode.is_full for mode in loop.modes] for loop in loops])
+    errors = table.reuse_errors()
+    reuse = np.square([forecast_errors(errors, loop) for loop in loops])
+    shares = np.zeros(full.shape)
+    for step in _SWEEPS * [*reversed(range(max(1, total - LAST), total))]:
+        tried = np.repeat(shares[None], 3, axis=0)
+        tried[:, :, step] = np.array([0.0, 0.5, 1.0])[:, None]
+        none, half, whole = noise_powers(
+            table, noise_scheduler, 3 * loops, tried.reshape(-1, total)
+        ).reshape(3, -1)
+        square = 2 * (none - 2 * half + whole)  # error: none + linear·share + square·share²
+        linear = whole - none - square
+        square = square + reuse[:, step]
+        share = np.divide(-linear, 2 * square, out=np.zeros(len(loops)), where=square > 0)
+        shares[:, step] = np.where(full[:, step], share.clip(0, 1), 0)
+    return shares
