@@ -66,12 +66,13 @@ class StepSample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """The measured table, samples to check exported graphs with, and the final latents of the
-    graphs that ship, every step full."""
+    """The measured table, samples to check exported graphs with, the final latents of the graphs
+    that ship, every step full, and how much of their noise is steady (`steady_share`)."""
 
     table: ReuseTable
     samples: tuple[StepSample, ...]
     final_latents: tuple[NDArray[np.float32], ...]
+    steady_noise: float
 
 
 @torch.no_grad()
@@ -119,11 +120,14 @@ def capture(
     furthest = 0 if guidance_scale == 1 else min(MAX_UNGUIDED, total - 1)
     differences = ForecastRun(total, furthest)
     truths: dict[tuple[int, int], Tensor] = {}
+    noise = np.zeros((total, total))
     for number, prompt in enumerate(prompts):
+        off = []
         for visit in loop.run(number, prompt):
             contexts = loop.branches(prompt)
             truth = loop.guided([exact.full(visit.seen, visit.timestep, *c)[0] for c in contexts])
             truths[number, visit.step] = truth
+            off.append((visit.noise_pred - truth).numpy().ravel())
             features.take(visit, prompt)
             predictions.take(visit.step, visit.noise_pred.numpy(), truth.numpy())
             # an unguided step runs the prompt's branch, to which this is added
@@ -131,6 +135,7 @@ def capture(
             right = truth - (visit.noise_pred - added)
             differences.take(visit.step, added.numpy(), right.numpy())
             on_step()
+        noise += np.stack(off) @ np.stack(off).T
     feature, skip, unguided = features.weights(), predictions.weights(), differences.weights()
     cache = features.corrections(feature)
     quantisation = fit_quantisation(loop, consumers, prompts, feature, cache, on_step)
@@ -168,7 +173,22 @@ def capture(
         output_gain=quantisation.gain,
         output_bias=quantisation.bias,
     )
-    return Calibration(table, tuple(features.samples), tuple(features.finals))
+    steady = steady_share(noise)
+    return Calibration(table, tuple(features.samples), tuple(features.finals), steady)
+
+
+def steady_share(products: NDArray[np.floating]) -> float:
+    """Returns how much of what quantised full steps err by is the same in steps that lie a quarter
+    of the loop apart: the mean correlation of such steps, 0 to 1.
+
+    Args:
+        products: (T, T), symmetric: of what every two steps err by, summed over its entries.
+    """
+    apart, power = max(1, len(products) // 4), np.diagonal(products)
+    scale = np.sqrt(power[:-apart] * power[apart:])
+    common = np.diagonal(products, apart)
+    alike = np.divide(common, scale, out=np.zeros(len(common)), where=scale > 0)
+    return float(alike.mean().clip(0, 1)) if len(alike) else 0.0
 
 
 def _worth_having(

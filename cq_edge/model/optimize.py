@@ -194,7 +194,10 @@ def calibrate(
         table = replace(calibration.table, base_error=typical_distance(exact_finals, own))
         loop = replace(exact, full=full)
         finals = [*map(from_numpy, calibration.final_latents[: len(compared)])]
-        table = scaled_to_trial(table, loop, shallow, compared, finals, exact_finals, on_step)
+        steady = calibration.steady_noise
+        table = scaled_to_trial(
+            table, loop, shallow, compared, finals, exact_finals, steady, on_step
+        )
         share = forecast_share(table, noise_scheduler)
         calibrations.append(replace(calibration, table=replace(table, forecast_share=share)))
     return tuple(calibrations)

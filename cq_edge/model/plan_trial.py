@@ -25,9 +25,10 @@ _MODE_COSTS = (1.0, 0.1, 0.0, 0.5, 0.05)
 _FULL_SHARE, _FULL_STEPS = 0.25, 8
 """The larger is what is full: few enough for reuse to err more than quantisation does, and enough
 for a picture."""
-_FRESH = 0.88
-"""The share of quantisation's error in the final latents that is new at every step; fitted to
-plans of the demo model."""
+_STEADY_WORTH = 2.2
+"""By how much more noise that stays counts in the final latents than noise that is new at every
+step, as a power. What stays is in all plans alike; fitted to plans of the demo model at 8 bits,
+with which it is an eighth of quantisation's error there."""
 _TRUST = 0.5
 """How far errors of reuse are scaled to those of the trial, by their logarithms: a few prompts
 tell them no better than the influence of steps alone does."""
@@ -70,6 +71,7 @@ def scaled_to_trial(
     prompts: Sequence[Prompt],
     full_finals: Sequence[Tensor],
     exact_finals: Sequence[Tensor],
+    steady_noise: float,
     on_step: Callable[[], object] = lambda: None,
 ) -> ReuseTable:
     """Returns a table whose predictions are right for every step full and wholly computed, and
@@ -84,12 +86,15 @@ def scaled_to_trial(
         prompts: One or more.
         full_finals: The final latents of the loop, every step full.
         exact_finals: Those of the float denoiser.
+        steady_noise: The share of the noise of full steps that stays, 0 to 1.
         on_step: Called after every step that is run, for progress bars.
     """
     all_full = CacheSchedule.all_full(len(table.timesteps))
     quantised = typical_distance(full_finals, exact_finals)
-    scale = _ratio(_FRESH * quantised, table.reuse_errors().total(all_full))
-    shared = (1 - _FRESH) * quantised
+    fresh = 1 - steady_noise
+    fresh /= fresh + _STEADY_WORTH * steady_noise
+    scale = _ratio(fresh * quantised, table.reuse_errors().total(all_full))
+    shared = (1 - fresh) * quantised
     table = replace(
         table,
         base_error=table.base_error + shared,

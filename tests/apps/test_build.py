@@ -13,9 +13,11 @@ from PIL import Image
 
 from apps.cli import main
 from cq_edge.errors import ExportError
+from cq_edge.forecast_share import forecast_share
 from cq_edge.manifest import MANIFEST_FILE, read_manifest, verify_files
 from cq_edge.model.load import DEMO_MODEL, load_pipeline
 from cq_edge.model.optimize import OptimizeConfig
+from cq_edge.noise_scheduler import make_noise_scheduler
 from cq_edge.operators import OPERATORS_FILE, load_operators, multiply_adds
 from runtime.bundle import open_bundle
 
@@ -180,6 +182,11 @@ def test_fewer_steps_are_calibrated_too_and_planned_where_time_is_short(built, c
     assert (few.noise_scheduler, few.steps) == ("dpmsolver++", 4)
     # what quantisation does to every plan, and to the other's what fewer steps do too
     assert 0 < own.base_error < few.base_error
+    noise_schedule = open_bundle(folder).manifest.noise_schedule
+    for table in (own, few):
+        noise_scheduler = make_noise_scheduler(table.noise_scheduler, table.steps, noise_schedule)
+        expected = forecast_share(table, noise_scheduler)
+        np.testing.assert_allclose(table.forecast_share, expected, atol=1e-6)
     assert main(["plan", str(folder), "--speedup", "1", "--json"]) == 0
     frontier = json.loads(capsys.readouterr().out)["frontier"]
     assert {plan["noise_scheduler"] for plan in frontier} == {"ddim", "dpmsolver++"}

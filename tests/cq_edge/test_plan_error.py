@@ -8,7 +8,7 @@ from cq_edge.errors import ScheduleError
 from cq_edge.forecast import Forecast
 from cq_edge.influence import noise_response
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
-from cq_edge.plan_error import noise_powers, plan_errors
+from cq_edge.plan_error import forecast_errors, noise_powers, plan_errors
 from cq_edge.quantisation_noise import one_branch
 from cq_edge.reuse_table import ReuseTable
 
@@ -130,9 +130,32 @@ def test_of_every_step_computed_it_is_what_the_tables_influence_says():
 
 def test_a_plan_errs_by_what_all_plans_do_its_noise_and_its_reuse():
     given = table()
-    reuse = np.array([given.reuse_errors().parts(plan).reuse for plan in PLANS])
-    expected = 0.25 + reuse + noise_powers(given, SCHEDULER, PLANS)
+    errors = given.reuse_errors()
+    expected = 0.25 + noise_powers(given, SCHEDULER, PLANS)
+    for number, plan in enumerate(PLANS):
+        forecast = given.shares_in(plan) * forecast_errors(errors, plan)
+        expected[number] += errors.parts(plan).reuse + np.square(forecast).sum()
     np.testing.assert_allclose(plan_errors(given, SCHEDULER, PLANS), expected)
+
+
+def test_a_forecast_errs_as_a_skip_does_and_by_what_the_step_before_did_not_compute():
+    errors = table().reuse_errors()
+    found = forecast_errors(errors, CacheSchedule.from_string("FFSsfKKFF"))
+    reused = np.zeros(T)
+    reused[3], reused[4] = errors.shallow[1, 1], errors.shallow[1, 2] + errors.unguided[2, 1]
+    reused[5] = errors.unguided[2, 2]
+    np.testing.assert_allclose(found, np.r_[0, errors.skip[:-1, 1]] + reused)
+    never = replace(errors, skip=errors.skip[:, :1])
+    assert (forecast_errors(never, PLANS[0]) == 0).all()
+
+
+def test_other_shares_can_be_tried():
+    given = table()
+    other = replace(given, forecast_share=0.5 * given.forecast_share)
+    shares = np.array([other.shares_in(plan) for plan in PLANS])
+    found = noise_powers(given, SCHEDULER, PLANS, shares)
+    np.testing.assert_allclose(found, noise_powers(other, SCHEDULER, PLANS))
+    assert (found[0] != noise_powers(given, SCHEDULER, PLANS)[0]).any()
 
 
 def test_without_noise_and_reuse_nothing_is_added():

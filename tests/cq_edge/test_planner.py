@@ -6,7 +6,9 @@ import pytest
 
 from cq_edge.cache_schedule import CacheSchedule, Mode, plan_full_steps
 from cq_edge.errors import UsageError
+from cq_edge.forecast_share import forecast_share
 from cq_edge.frontier import search_frontier
+from cq_edge.influence import noise_influence
 from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 from cq_edge.plan_error import plan_errors
@@ -100,6 +102,30 @@ def test_along_the_frontier_time_rises_and_error_falls():
     assert [plan.error for plan in frontier] == pytest.approx(predicted.tolist())
     for plan in frontier:
         assert plan.picture_ms == PROFILE.picture_ms(plan.schedule, 2)
+
+
+def test_the_frontier_has_plans_whose_noise_cancels_and_plans_that_average_it_away():
+    """The last predictions of PNDM count with changing signs."""
+    noise_scheduler = make_noise_scheduler("pndm", 11, NOISE_SCHEDULE)
+    total, few = 12, np.minimum(np.arange(4), 1) * 1e-3
+    timesteps, errors = noise_scheduler.timesteps, np.tile(few, (12, 1))
+    ones, forecast = np.ones((total, 4, 2), np.float32), no_forecast(total, 4) - 0.5
+    table = ReuseTable(
+        "pndm", 11, 5.0, 0.0, timesteps, noise_influence(noise_scheduler), np.ones(total),
+        1 + errors, *2 * [errors], 4 * errors[:, :3], 9 * errors[:, :2], forecast,
+        *(no_forecast(total, columns) - 0.5 for columns in (3, 2)),
+        np.zeros((total, 4), np.float32), *4 * [ones],
+    )  # fmt: skip
+    table = replace(table, forecast_share=forecast_share(table, noise_scheduler))
+    frontier = plan_frontier([table], PROFILE, 2, NOISE_SCHEDULE)
+    ours = {plan.schedule for plan in frontier}
+    costs = {mode: PROFILE.mode_ms(mode, 2) for mode in Mode}
+    for errors in table.errors_to_search():
+        found = [schedule for schedule, _ in search_frontier(errors, costs)]
+        predicted = plan_errors(table, noise_scheduler, found)
+        for schedule, error in zip(found, predicted, strict=True):
+            assert best_within_ms(frontier, PROFILE.picture_ms(schedule, 2)).error <= error
+        assert ours & set(found) != ours  # neither search finds all of them
 
 
 def test_a_full_step_that_helps_nothing_is_not_on_the_frontier():

@@ -3,7 +3,7 @@ import pytest
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.frontier import ReuseErrors
-from cq_edge.quantisation_noise import forecast_share, noise_by_mode
+from cq_edge.quantisation_noise import averaged_noise, noise_by_mode
 
 OWN = np.array([1.0, 2.0, 0.5, 3.0])
 INFLUENCE = np.array([0.5, -0.4, 0.3, -0.2])
@@ -48,30 +48,20 @@ def test_every_mode_has_what_it_adds():
     assert set(noise_by_mode(OWN, INFLUENCE, 7.5)) == set(Mode)
 
 
-def test_a_forecast_has_the_share_that_errs_least():
-    rng = np.random.default_rng(0)
-    noise_pred, forecast = rng.uniform(0.5, 1, (4, 3)), rng.uniform(0.5, 3, 4)
-    common = rng.uniform(-0.2, 0.4, 4)
-    anchor, gap = np.indices(noise_pred.shape)
-    noise_pred[anchor + gap > 3] = np.nan
-    found = forecast_share(noise_pred, forecast, common)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found[anchor + gap > 2], 0)
-    shares = np.linspace(0, 1, 1001)
-    for i, g in np.argwhere(anchor + gap <= 2):
-        step = i + g + 1
-        reused = max(noise_pred[i, g] - noise_pred[step - 1, 0], 0)
-        left = (1 - shares) ** 2 * noise_pred[step, 0] + 2 * shares * (1 - shares) * common[step]
-        left += shares**2 * (forecast[step] + reused)
-        assert found[i, g] == pytest.approx(shares[left.argmin()], abs=1e-3)
+def test_averaged_noise_is_new_but_for_what_full_steps_in_a_row_forecast():
+    share = np.array([0.5, 0.25, 1.0, 0.75])
+    anew = OWN * INFLUENCE**2
+    never = np.zeros((4, 4))
+    errors = ReuseErrors(never, never, never, averaged_noise(OWN, INFLUENCE, share))
+    for modes, left in (
+        ("FFFF", (1, 0.25, 0.5625, 0)),
+        ("FSFK", (1,) * 4),
+        ("FFfF", (1, 0.25, 1, 1)),
+    ):
+        found = errors.parts(CacheSchedule.from_string(modes)).noise
+        assert found == pytest.approx(anew @ left)
 
 
-def test_a_forecast_that_errs_more_and_alike_has_no_share_and_a_perfect_one_all():
-    nothing = forecast_share(np.full((3, 1), 1.0), np.full(3, 4.0), np.full(3, 1.5))
-    np.testing.assert_array_equal(nothing, 0)
-    everything = forecast_share(np.full((3, 1), 1.0), np.zeros(3), np.zeros(3))
-    np.testing.assert_array_equal(everything, [[1], [1], [0]])
-
-
-def test_where_nothing_errs_a_forecast_has_no_share():
-    np.testing.assert_array_equal(forecast_share(np.zeros((4, 2)), np.zeros(4), np.zeros(4)), 0)
+def test_averaged_noise_of_a_single_step_is_its_own():
+    found = averaged_noise(OWN[:1], INFLUENCE[:1], np.zeros(1))
+    assert {float(added[0, 0]) for added in found.values()} == {OWN[0] * INFLUENCE[0] ** 2}

@@ -6,6 +6,7 @@ import pytest
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import BundleError, CalibrationError, OutputExistsError, UsageError
+from cq_edge.quantisation_noise import averaged_noise
 from cq_edge.reuse_table import ReuseTable
 
 T, G, C = 5, 2, 3
@@ -344,6 +345,21 @@ def test_a_share_of_reuse_counts_as_noise_more_without_the_negative_prompt_and_a
         np.testing.assert_allclose(shares[:-1], 1 if mode.is_unguided else 0.3)
         assert shares[-1] == pytest.approx(4)
     assert table().reuse_errors("feature_l1").across == {}
+
+
+def test_plans_are_searched_with_noise_that_goes_on_and_with_noise_that_is_averaged_away():
+    given = table()
+    goes_on, averaged = given.errors_to_search()
+    for name in ("shallow", "skip", "unguided", "across", "noise"):
+        first, second = getattr(goes_on, name), getattr(averaged, name)
+        np.testing.assert_equal(first, getattr(given.reuse_errors(), name))
+        if name != "noise":
+            np.testing.assert_equal(second, first)
+    share = given.forecast_share[:, 0]
+    noise = averaged_noise(given.own, given.noise_influence, share)
+    np.testing.assert_equal(averaged.noise, noise)
+    (papers,) = given.errors_to_search("feature_l1")
+    np.testing.assert_array_equal(papers.shallow, given.feature_l1)
 
 
 def test_only_our_objective_knows_what_forecasts_cost():

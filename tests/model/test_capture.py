@@ -6,7 +6,7 @@ from cq_edge.correction import fit_correction
 from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Forecast, expected_back
 from cq_edge.influence import noise_influence, reuse_influence
-from cq_edge.model.capture import MAX_SKIP, MAX_UNGUIDED, RUNS, capture
+from cq_edge.model.capture import MAX_SKIP, MAX_UNGUIDED, RUNS, capture, steady_share
 from cq_edge.model.reuse_trial import Consumers, Graphs
 from cq_edge.model.trajectory import Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
@@ -305,31 +305,29 @@ def test_what_reuse_alone_errs_by_is_that_of_the_float_graphs_in_their_own_loop(
                 assert found == pytest.approx(np.mean(squares), rel=1e-3, abs=1e-9)
 
 
-def test_a_forecast_has_the_share_in_full_steps_that_leaves_the_least_error():
-    recorder, pairs = _Recorder(1, 2), []
+def test_noise_that_stays_is_told_from_noise_that_is_new():
+    pattern = torch.randn(1, *_SHAPE, generator=torch.Generator().manual_seed(1))
 
-    def full(latents, timestep, embeddings):
-        truth, feature = recorder(latents, timestep, embeddings)
-        noise_pred = truth + 0.3 * torch.sin(1e4 * latents)  # as good as noise
-        pairs.append((noise_pred.numpy(), truth.numpy()))
-        return noise_pred, feature
+    def shares(stays, new):
+        def full(latents, timestep, embeddings):
+            truth, feature = _FLOAT(latents, timestep, embeddings)
+            return truth + stays * pattern + new * 2**0.5 * torch.sin(1e4 * latents), feature
 
-    table = _captured(Graphs(full, _shallow), prompts=2, guidance_scale=1.0).table
-    runs = [pairs[n * _STEPS : (n + 1) * _STEPS] for n in range(2)]
-    shares = []
-    for step in range(1, _STEPS):
-        off, apart = [], []
-        for run in runs:
-            line = Forecast()
-            for last in range(max(0, step - 2), step):
-                line = line.after(last, run[last][0])
-            computed, truth = run[step]
-            off.append(computed - truth)
-            apart.append(computed - line.at(step, table.skip_weight))
-        ((least,),), *_ = np.linalg.lstsq(np.reshape(apart, (-1, 1)), np.reshape(off, (-1, 1)))
-        shares.append(np.clip(least, 0, 1))
-    np.testing.assert_allclose(table.forecast_share[:-1, 0], shares, rtol=1e-3, atol=1e-4)
-    assert 0.05 < max(shares) < 1
+        return _captured(Graphs(full, _shallow), prompts=8, guidance_scale=1.0).steady_noise
+
+    assert shares(0.25, 0.0) == pytest.approx(1, abs=1e-3)
+    assert shares(0.0, 0.25) < 0.1
+    power = float(pattern.square().mean())
+    assert shares(0.25, 0.25) == pytest.approx(power / (1 + power), abs=0.1)
+    assert _captured(_FLOAT_GRAPHS).steady_noise == 0
+
+
+def test_what_stays_is_the_correlation_of_steps_a_quarter_of_the_loop_apart():
+    correlation = 0.8 ** np.abs(np.subtract.outer(range(12), range(12)))
+    scale = np.linspace(1, 2, 12)
+    assert steady_share(correlation * np.outer(scale, scale)) == pytest.approx(0.8**3)
+    assert steady_share(-correlation) == steady_share(np.zeros((12, 12))) == 0
+    assert steady_share(np.ones((1, 1))) == 0
 
 
 def test_without_guidance_there_is_no_negative_prompt_to_leave_out():

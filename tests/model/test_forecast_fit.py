@@ -56,24 +56,6 @@ def test_what_is_left_is_what_forecasts_from_even_steps_err_by(runs, taken):
         assert left[step, gap] == pytest.approx(sum(errors), rel=1e-4)
 
 
-def test_beside_what_was_computed_a_forecast_errs_from_the_two_steps_before(runs, taken):
-    values, truths = runs
-    weights = taken.weights()
-    error, common = taken.products.beside(weights)
-    assert error[0] == common[0] == 0
-    for step in range(1, T):
-        errors, products = [], []
-        for value, truth in zip(values, truths, strict=True):
-            forecast = Forecast()
-            for computed in range(max(0, step - 2), step):
-                forecast = forecast.after(computed, value[computed].astype(np.float64))
-            off = forecast.at(step, weights) - truth[step]
-            errors.append(np.square(off).mean())
-            products.append((off * (value[step] - truth[step])).mean())
-        assert error[step] == pytest.approx(sum(errors), rel=1e-4)
-        assert common[step] == pytest.approx(sum(products), rel=1e-3, abs=1e-4)
-
-
 def test_what_does_not_change_is_taken_again():
     run = ForecastRun(4, 1)
     for step in range(4):

@@ -61,7 +61,7 @@ def _table(steps, max_gap, skip):
     return ReuseTable(
         "ddim", steps, 1.0, 0.125, _loop(steps).noise_scheduler.timesteps,
         *2 * [np.ones(steps)], 2 * errors, errors, errors.copy(), skip, never, quarter, half, none,
-        np.full(errors.shape, 0.375, np.float32), *2 * [ones, zeros],
+        np.zeros(errors.shape, np.float32), *2 * [ones, zeros],
     )  # fmt: skip
 
 
@@ -84,9 +84,6 @@ def _by_hand(loop, number, modes, reach):
         if mode == "F":
             features.append((step, latents))
             noise_pred = _denoiser(latents, timestep, None)[0]
-            if step and modes[step - 1] != "K":
-                forecast = _gone_on(computed, step, 0.5, reach)
-                noise_pred = 0.625 * noise_pred + 0.375 * forecast
             computed[kept:] = [(step, noise_pred)]
         elif mode == "S":
             feature = _gone_on(features, step, 0.25, reach=5)
@@ -109,14 +106,15 @@ def test_the_table_is_scaled_to_every_step_full_and_half_way_to_a_plan_that_comp
     exact = [latents + 1e-3 for latents in full]  # what a float denoiser would end in
     told = []
     scaled = scaled_to_trial(
-        table, loop, _shallow, _PROMPTS, full, exact, lambda: told.append(None)
+        table, loop, _shallow, _PROMPTS, full, exact, 0.25, lambda: told.append(None)
     )
     assert len(told) == 2 * steps
     assert np.ptp(scaled.reuse_influence) == np.ptp(scaled.noise_influence) == 0
     errors = scaled.reuse_errors()
     shared = scaled.base_error - table.base_error
     full_error = errors.total(CacheSchedule.all_full(steps))
-    assert [full_error, shared] == pytest.approx([0.88e-6, 0.12e-6], rel=1e-3)
+    parts = np.array([0.75, 2.2 * 0.25])  # new at every step, and what stays counts for more
+    assert [full_error, shared] == pytest.approx(1e-6 * parts / parts.sum(), rel=1e-3)
     noisy = replace(table, noise_influence=scaled.noise_influence)
     costs = dict(zip(Mode, (1, 0.1, 0, 0.5, 0.05), strict=True))
     found = search_frontier(noisy.reuse_errors(), costs)
@@ -137,6 +135,6 @@ def test_a_table_without_errors_is_left_as_it_is():
     nothing = np.zeros_like(table.noise_pred)
     nothing = replace(table, noise_pred=nothing, shallow=nothing)
     finals = final_latents(loop, _PROMPTS)
-    scaled = scaled_to_trial(nothing, loop, _shallow, _PROMPTS, finals, finals)
+    scaled = scaled_to_trial(nothing, loop, _shallow, _PROMPTS, finals, finals, 0.25)
     for name in ("noise_influence", "reuse_influence"):
         np.testing.assert_array_equal(getattr(scaled, name), getattr(nothing, name))
