@@ -25,7 +25,7 @@ _MODE_COSTS = (1.0, 0.1, 0.0, 0.5, 0.05)
 _FULL_SHARE, _FULL_STEPS = 0.25, 8
 """The larger is what is full: few enough for reuse to err more than quantisation does, and enough
 for a picture."""
-_STEADY_WORTH = 2.2
+_STEADY_WORTH = 2.5
 """By how much more noise that stays counts in the final latents than noise that is new at every
 step, as a power. What stays is in all plans alike; fitted to plans of the demo model at 8 bits,
 with which it is an eighth of quantisation's error there."""

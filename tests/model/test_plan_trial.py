@@ -113,7 +113,7 @@ def test_the_table_is_scaled_to_every_step_full_and_half_way_to_a_plan_that_comp
     errors = scaled.reuse_errors()
     shared = scaled.base_error - table.base_error
     full_error = errors.total(CacheSchedule.all_full(steps))
-    parts = np.array([0.75, 2.2 * 0.25])  # new at every step, and what stays counts for more
+    parts = np.array([0.75, 2.5 * 0.25])  # new at every step, and what stays counts for more
     assert [full_error, shared] == pytest.approx(1e-6 * parts / parts.sum(), rel=1e-3)
     noisy = replace(table, noise_influence=scaled.noise_influence)
     costs = dict(zip(Mode, (1, 0.1, 0, 0.5, 0.05), strict=True))
