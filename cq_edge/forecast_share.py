@@ -17,13 +17,18 @@ from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.plan_error import LAST, forecast_errors, noise_powers
 from cq_edge.reuse_table import ReuseTable
 
+_WORTH = 4.0
+"""By how much more what a forecast errs by counts here than in a plan's prediction, as a power: so
+the shares that the prediction alone would choose, which are too large, become the best that were
+found for plans of the demo model."""
 _SWEEPS = 3
 """How often all shares are chosen anew, each for the others; five leave them within a hundredth."""
 
 
 def forecast_share(table: ReuseTable, noise_scheduler: NoiseScheduler) -> NDArray[np.float32]:
     """Returns (T, G+1), 0 to 1, as `ReuseTable.forecast_share`: the shares with which plans are
-    predicted to err least; 0 of steps too early for their noise to be followed to the end.
+    predicted to err least, had what forecasts err by its `_WORTH`; 0 of steps too early for their
+    noise to be followed to the end.
 
     Args:
         table: Says what quantisation and reuse err by; its own shares are not looked at.
@@ -56,7 +61,7 @@ def _least(
     total = len(table.timesteps)
     full = np.array([[mode.is_full for mode in loop.modes] for loop in loops])
     errors = table.reuse_errors()
-    reuse = np.square([forecast_errors(errors, loop) for loop in loops])
+    reuse = _WORTH * np.square([forecast_errors(errors, loop) for loop in loops])
     shares = np.zeros(full.shape)
     for step in _SWEEPS * [*reversed(range(max(1, total - LAST), total))]:
         tried = np.repeat(shares[None], 3, axis=0)
