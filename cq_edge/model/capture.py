@@ -67,11 +67,13 @@ class StepSample:
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
     """The measured table, samples to check exported graphs with, the final latents of the graphs
-    that ship, every step full, and how much of their noise is steady (`steady_share`)."""
+    that ship and of the float ones, every step full, and how much of the noise of those that ship
+    is steady (`steady_share`)."""
 
     table: ReuseTable
     samples: tuple[StepSample, ...]
     final_latents: tuple[NDArray[np.float32], ...]
+    exact_latents: tuple[NDArray[np.float32], ...]
     steady_noise: float
 
 
@@ -173,8 +175,8 @@ def capture(
         output_gain=quantisation.gain,
         output_bias=quantisation.bias,
     )
-    steady = steady_share(noise)
-    return Calibration(table, tuple(features.samples), tuple(features.finals), steady)
+    finals = tuple(features.finals), alone.final_latents
+    return Calibration(table, tuple(features.samples), *finals, steady_share(noise))
 
 
 def steady_share(products: NDArray[np.floating]) -> float:

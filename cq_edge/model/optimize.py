@@ -17,7 +17,7 @@ from cq_edge.model.eight_bit_unet import eight_bit_unet
 from cq_edge.model.four_bits import FourBits
 from cq_edge.model.graphs import decode_graph
 from cq_edge.model.mixed_precision import choose_four_bits
-from cq_edge.model.plan_trial import final_latents, scaled_to_trial, typical_distance
+from cq_edge.model.plan_trial import scaled_to_trial, typical_distance
 from cq_edge.model.prompts import embed_prompts, guidance_kind, token_ids
 from cq_edge.model.quantize import quantize_for_xnnpack
 from cq_edge.model.reuse_trial import Consumers, Graphs, ShallowGraph
@@ -174,15 +174,12 @@ def calibrate(
     )
     compared = prompts[:_COMPARED_PROMPTS]
     calibrations: list[Calibration] = []
-    own: tuple[Tensor, ...] | None = None
+    own: list[Tensor] | None = None
     for name, steps in ((config.noise_scheduler, config.steps), *config.also):
         noise_scheduler = make_noise_scheduler(name, steps, noise_schedule)
-        exact = Loop(optimized.reference["denoise"], noise_scheduler, shape, scale)
-        exact_finals = final_latents(exact, compared, on_step)
-        own = own or exact_finals
         calibration = capture(
             Graphs(full, shallow),
-            Graphs(exact.full, float_shallow),
+            Graphs(optimized.reference["denoise"], float_shallow),
             consumers,
             prompts,
             noise_scheduler,
@@ -191,13 +188,15 @@ def calibrate(
             max_gap=config.max_gap,
             on_step=on_step,
         )
-        table = replace(calibration.table, base_error=typical_distance(exact_finals, own))
-        loop = replace(exact, full=full)
-        finals = [*map(from_numpy, calibration.final_latents[: len(compared)])]
-        steady = calibration.steady_noise
-        table = scaled_to_trial(
-            table, loop, shallow, compared, finals, exact_finals, steady, on_step
+        finals, exact = (
+            [*map(from_numpy, latents[: len(compared)])]
+            for latents in (calibration.final_latents, calibration.exact_latents)
         )
+        own = own or exact
+        table = replace(calibration.table, base_error=typical_distance(exact, own))
+        loop = Loop(full, noise_scheduler, shape, scale)
+        steady = calibration.steady_noise
+        table = scaled_to_trial(table, loop, shallow, compared, finals, exact, steady, on_step)
         share = forecast_share(table, noise_scheduler)
         calibrations.append(replace(calibration, table=replace(table, forecast_share=share)))
     return tuple(calibrations)
@@ -205,7 +204,7 @@ def calibrate(
 
 def calibration_steps(prompts: int, totals: Sequence[int]) -> int:
     """Returns how many steps `calibrate` runs for so many prompts and each T."""
-    return (RUNS * prompts + 2 * min(prompts, _COMPARED_PROMPTS)) * sum(totals)
+    return (RUNS * prompts + min(prompts, _COMPARED_PROMPTS)) * sum(totals)
 
 
 def parity_inputs(

@@ -19,11 +19,13 @@ from cq_edge.model.trajectory import Loop, Prompt, mean_square
 
 class ReuseAlone(NamedTuple):
     """Mean squared errors of the guided noise prediction, 0 in column 0 and beyond the last step:
-    (T, G+1) of shallow, (T, R+1) of skip and (T, U+1) of unguided steps."""
+    (T, G+1) of shallow, (T, R+1) of skip and (T, U+1) of unguided steps; and the final latents of
+    each prompt, every step full, (1, 4, h, w)."""
 
     shallow: NDArray[np.float64]
     skip: NDArray[np.float64]
     unguided: NDArray[np.float64]
+    final_latents: tuple[NDArray[np.float32], ...]
 
 
 def reuse_alone(
@@ -50,6 +52,7 @@ def reuse_alone(
     total, columns = halves[0].gain.shape[:2]
     squares = np.zeros((total, columns))
     predictions, differences = (ForecastRun(total, w.shape[2] - 1) for w in (skip, unguided))
+    finals = []
     for number, visit, earlier in visits(loop, prompts, columns - 1, on_step):
         truth, added = visit.noise_pred, (loop.guidance_scale - 1) * visit.difference
         for run, value in ((predictions, truth.numpy()), (differences, added.numpy())):
@@ -57,7 +60,10 @@ def reuse_alone(
         tried = reusing(loop, shallow, prompts[number], visit, earlier, feature, halves)
         for anchor, reused in tried:
             squares[anchor, visit.step - anchor] += mean_square(reused - truth)
-    sums = squares, predictions.products.left(skip), differences.products.left(unguided)
-    for computed in sums:
+        if visit.step == total - 1:
+            finals.append(visit.after.numpy())
+    left = predictions.products.left(skip), differences.products.left(unguided)
+    for computed in (squares, *left):
         computed[:, 0] = 0  # but for rounding
-    return ReuseAlone(*(x / len(prompts) for x in sums))
+        computed /= len(prompts)
+    return ReuseAlone(squares, *left, tuple(finals))

@@ -7,6 +7,7 @@ from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Forecast, expected_back
 from cq_edge.influence import noise_influence, reuse_influence
 from cq_edge.model.capture import MAX_SKIP, MAX_UNGUIDED, RUNS, capture, steady_share
+from cq_edge.model.plan_trial import final_latents
 from cq_edge.model.reuse_trial import Consumers, Graphs
 from cq_edge.model.trajectory import Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
@@ -303,6 +304,20 @@ def test_what_reuse_alone_errs_by_is_that_of_the_float_graphs_in_their_own_loop(
                     squares.append(np.square(expected - value[step]).mean())
                 found = getattr(table, name)[anchor, gap]
                 assert found == pytest.approx(np.mean(squares), rel=1e-3, abs=1e-9)
+
+
+def test_final_latents_are_those_of_both_full_graphs():
+    def full(latents, timestep, embeddings):
+        noise_pred, feature = _FLOAT(latents, timestep, embeddings)
+        return noise_pred + 0.25, feature
+
+    found = _captured(Graphs(full, _shallow), prompts=2)
+    for graph, finals in ((full, found.final_latents), (_FLOAT, found.exact_latents)):
+        loop = Loop(graph, _scheduler(), _SHAPE, 7.5)
+        expected = final_latents(loop, _prompts(2))
+        assert len(finals) == 2
+        for one, other in zip(finals, expected, strict=True):
+            np.testing.assert_allclose(one, other.numpy(), rtol=1e-6)
 
 
 def test_noise_that_stays_is_told_from_noise_that_is_new():
