@@ -18,9 +18,10 @@ from cq_edge.plan_error import LAST, forecast_errors, noise_powers
 from cq_edge.reuse_table import ReuseTable
 
 _WORTH = 4.0
-"""By how much more what a forecast errs by counts here than in a plan's prediction, as a power: so
-the shares that the prediction alone would choose, which are too large, become the best that were
-found for plans of the demo model."""
+"""By how much more what a forecast errs by reuse counts here than in a plan's prediction, as a
+power; what of it goes on as noise does counts as there. Forecasts of steps in a row lag behind in
+one direction, and shares that the prediction alone would choose are too large: of 1, 2, 3 and 5, the
+last two were the best for plans of the demo model."""
 _SWEEPS = 3
 """How often all shares are chosen anew, each for the others; five leave them within a hundredth."""
 
@@ -61,6 +62,8 @@ def _least(
     total = len(table.timesteps)
     full = np.array([[mode.is_full for mode in loop.modes] for loop in loops])
     errors = table.reuse_errors()
+    if errors.skip.shape[1] == 1:  # no forecast was measured
+        return np.zeros(full.shape)
     reuse = _WORTH * np.square([forecast_errors(errors, loop) for loop in loops])
     shares = np.zeros(full.shape)
     for step in _SWEEPS * [*reversed(range(max(1, total - LAST), total))]:

@@ -62,7 +62,8 @@ class ReuseErrors:
         unguided: (T, U+1): forecasting what the negative prompt changes from step i, the last
             that ran it. Had that step reused a feature, the step right after it errs by that too;
             later ones are taken not to, as the states do not tell.
-        noise: Of each mode (T, T), as `noise_by_mode` gives it; empty without any.
+        noise: Of each mode (T, T), as `noise_by_mode` or `averaged_noise` gives it; empty without
+            any.
         across: Of each mode (T,): by step, what the square of all that such a step errs by adds to
             the noise, as far as it is like noise; empty without any.
         squared: Whether errors of reuse are squared; otherwise all of them add up as they are, as

@@ -28,7 +28,7 @@ _SHALLOW_NOISE = 0.66
 """Of a full step's noise, as a power, what the layers of a shallow step add."""
 _AS_NOISE, _AS_NOISE_UNGUIDED = 0.52, 1.16
 """Of the power of what reuse alone errs by in a guided and an unguided step, what goes on as noise
-does. All four fitted, with the share of noise that is new at every step, to plans of the demo
+does. All four fitted, with what steady noise is worth (`plan_trial`), to plans of the demo
 model."""
 LAST = 24
 """Steps whose noise is followed, the last: they mend what earlier ones leave, but for what is still
@@ -64,15 +64,17 @@ def plan_errors(
 
 def forecast_errors(errors: ReuseErrors, schedule: CacheSchedule) -> NDArray[np.float64]:
     """Returns (T,) what the forecast of each step errs by where the step before was computed, by
-    reuse alone: as a skipped step does, and as the step before, by what that did not compute.
+    reuse alone: what a skipped step errs by, and what the step before did of its own, by what it
+    did not compute; 0 where no forecast was measured.
 
     Args:
         errors: As `ReuseTable.reuse_errors` gives them.
         schedule: Of their T steps.
     """
     found = np.zeros(len(schedule))
-    if errors.skip.shape[1] > 1:
-        found[1:] = errors.skip[:-1, 1]
+    if errors.skip.shape[1] == 1:
+        return found
+    found[1:] = errors.skip[:-1, 1]
     guided = 0
     for step, anchor in enumerate(schedule.anchors[:-1]):
         mode = schedule.modes[step]
@@ -105,8 +107,8 @@ def noise_powers(
     """
     table.require_for(noise_scheduler)
     every = CacheSchedule.all_full(len(table.timesteps))
-    shares = np.array([*map(table.shares_in, schedules)]) if shares is None else shares
-    shares = np.vstack([np.zeros(len(every)), shares])
+    taken = [*map(table.shares_in, schedules)] if shares is None else [*shares]
+    shares = np.array([np.zeros(len(every)), *taken])
     powers = _Walk(table, noise_scheduler, [every, *schedules], shares).powers()
     scale = table.reuse_errors().parts(every).noise / powers[0] if powers[0] else 1.0
     scaled: NDArray[np.float64] = powers[1:] * scale

@@ -5,7 +5,8 @@ of the step before (`python -m benchmarks.quantisation_errors`), and less of tho
 step that reuses or forecasts goes on with the noise of the last full step; what a shallow step adds
 of its own is left out (`plan_error` has it). So noise adds up by amplitude within a segment, with
 the signs of the steps' influence, and by power over segments, but for what a segment's first step
-has in common with the segment before.
+has in common with the segment before. Where full steps take a share of forecasts, that is another
+sum: `averaged_noise`.
 """
 
 import numpy as np
@@ -54,7 +55,7 @@ def averaged_noise(
 ) -> dict[Mode, NDArray[np.float64]]:
     """Returns, as `noise_by_mode` does, what steps add where full steps in a row average their
     noise away, which leaves little to cancel: all that a step has counts as new, and of a full step
-    after a full one as much as is not forecast.
+    after a full one, both guided, as much as is not forecast.
 
     Args:
         own: (T,) mean squared errors of full steps.

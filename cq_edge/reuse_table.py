@@ -224,7 +224,7 @@ class ReuseTable:
 
     def shares_in(self, schedule: CacheSchedule) -> NDArray[np.float32]:
         """Returns (T,), 0 to 1, how much of each full step's noise prediction is the forecast's
-        where the step before was computed, guided or not (measured with both guided); 0 of other
+        where the step before was computed, guided or not (chosen for both guided); 0 of other
         steps, and beyond the largest gap.
 
         Args:

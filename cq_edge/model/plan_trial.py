@@ -93,7 +93,7 @@ def scaled_to_trial(
     quantised = typical_distance(full_finals, exact_finals)
     fresh = 1 - steady_noise
     fresh /= fresh + _STEADY_WORTH * steady_noise
-    scale = _ratio(fresh * quantised, table.reuse_errors().total(all_full))
+    scale = fresh * _ratio(quantised, table.reuse_errors().total(all_full))
     shared = (1 - fresh) * quantised
     table = replace(
         table,

@@ -36,7 +36,7 @@ def reuse_alone(
     halves: tuple[Corrections, Corrections],
     on_step: Callable[[], object],
 ) -> ReuseAlone:
-    """Returns what forecasts and corrections leave.
+    """Returns what forecasts and corrections leave, and where the float loop ends.
 
     Args:
         loop: Of the float full graph.

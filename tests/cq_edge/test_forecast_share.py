@@ -48,7 +48,7 @@ def error(given, noise_scheduler, plan):
 @pytest.mark.parametrize("modes", ["F", "FS", "FFS", "FSS", "FFSS"])
 def test_no_other_share_of_a_step_has_its_loop_err_less(name, modes):
     """Loops in which every full step, once it begins, comes after as many shallow ones."""
-    given = with_shares(table(scheduler(name)), scheduler(name))
+    given = with_shares(table(scheduler(name), reused=0.03), scheduler(name))
     total, shallow = len(given.timesteps), modes.count("S")
     text = (modes + total * ("F" + shallow * "S"))[:total] if modes != "F" else total * "F"
     loop = CacheSchedule.from_string(text)
@@ -102,6 +102,16 @@ def test_only_steps_whose_noise_is_followed_have_shares():
     step = np.add.outer(np.arange(31), np.arange(GAPS)) + 1
     assert (found[step < 31 - 24] == 0).all()
     assert (found[(step >= 31 - 24) & (step < 31)] > 0).any()
+
+
+def test_where_no_forecast_was_measured_there_is_none():
+    given = table(scheduler())
+    never = dict.fromkeys(("skip", "unguided"), given.skip[:, :1])
+    weight = np.zeros((STEPS + 1, 2, 1), np.float32)
+    weights = {f"{name}_weight": weight for name in never}
+    np.testing.assert_array_equal(
+        forecast_share(replace(given, **never, **weights), scheduler()), 0
+    )
 
 
 def test_a_loop_of_one_step_has_none():

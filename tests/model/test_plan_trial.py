@@ -135,6 +135,15 @@ def test_a_table_without_errors_is_left_as_it_is():
     nothing = np.zeros_like(table.noise_pred)
     nothing = replace(table, noise_pred=nothing, shallow=nothing)
     finals = final_latents(loop, _PROMPTS)
-    scaled = scaled_to_trial(nothing, loop, _shallow, _PROMPTS, finals, finals, 0.25)
+    scaled = scaled_to_trial(nothing, loop, _shallow, _PROMPTS, finals, finals, 0.0)
     for name in ("noise_influence", "reuse_influence"):
         np.testing.assert_array_equal(getattr(scaled, name), getattr(nothing, name))
+
+
+def test_where_all_noise_stays_none_is_left_to_plans():
+    table, loop = _table(12, 3, np.zeros((12, 1))), _loop(12)
+    finals = final_latents(loop, _PROMPTS)
+    exact = [latents + 1e-3 for latents in finals]
+    scaled = scaled_to_trial(table, loop, _shallow, _PROMPTS, finals, exact, 1.0)
+    np.testing.assert_array_equal(scaled.noise_influence, 0)
+    assert scaled.base_error - table.base_error == pytest.approx(1e-6, rel=1e-3)
