@@ -5,10 +5,10 @@ cached features of every anchor step i and later step k = i + gap: their L1 dist
 objective), how far the feature goes on as it changed before, and the cache correction, which maps
 what is so forecast onto step k's best; forecasts of predictions are fitted on it too, and it tells
 how much of the full graph's noise is steady. The second fits the quantisation correction of the
-layers that consume the corrected feature. The third predicts each step k with the shallow graph from every feature i, and measures how far the guided
-noise prediction is from the float denoiser's; a half of the correction that hardly helps is
-dropped. The fourth runs the float graphs in their own loop, and measures what reuse alone errs by,
-and where that loop ends.
+layers that consume the corrected feature. The third predicts each step k with the shallow graph
+from every feature i, and measures how far the guided noise prediction is from the float denoiser's;
+a half of the correction that hardly helps is dropped. The fourth runs the float graphs in their own
+loop, and measures what reuse alone errs by, and where that loop ends.
 """
 
 from collections.abc import Callable, Mapping, Sequence
