@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
+    args.docs.mkdir(parents=True, exist_ok=True)
     bundle = open_bundle(args.bundle)
     profile = _measure(args, bundle)
     noise_schedule = bundle.manifest.noise_schedule

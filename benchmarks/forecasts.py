@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
+    args.docs.mkdir(parents=True, exist_ok=True)
     bundle = open_bundle(args.bundle)
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
     predictions, features, sigmas = _run(bundle, captions, args.threads)

@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
+    args.docs.mkdir(parents=True, exist_ok=True)
     bundle, reference = open_bundle(args.bundle), open_bundle(args.reference)
     defaults = bundle.manifest.defaults
     table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)

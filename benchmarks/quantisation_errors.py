@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
+    args.docs.mkdir(parents=True, exist_ok=True)
     reference, *bundles = map(open_bundle, [args.reference, *args.bundles])
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
     exact, quantised = _run(reference, bundles, captions, args.threads)

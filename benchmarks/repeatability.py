@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
+    args.docs.mkdir(parents=True, exist_ok=True)
     profiles = [_measure(args) for _ in range(args.times)]
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:

@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
+    args.docs.mkdir(parents=True, exist_ok=True)
     with quiet_toolchains():
         cuts = _cuts()
         errors = {cut.name: _errors(cut, args.prompts) for cut in cuts}
