@@ -187,6 +187,7 @@ def test_fewer_steps_are_calibrated_too_and_planned_where_time_is_short(built, c
         noise_scheduler = make_noise_scheduler(table.noise_scheduler, table.steps, noise_schedule)
         expected = forecast_share(table, noise_scheduler)
         np.testing.assert_allclose(table.forecast_share, expected, atol=1e-6)
+    assert own.forecast_share.any()
     assert main(["plan", str(folder), "--speedup", "1", "--json"]) == 0
     frontier = json.loads(capsys.readouterr().out)["frontier"]
     assert {plan["noise_scheduler"] for plan in frontier} == {"ddim", "dpmsolver++"}
