@@ -6,7 +6,8 @@ it. So the noise of every
 step's layers is followed through the plan's own loop, with a denoiser of Gaussian data that answers
 to noise in the latents as far as the graphs of that step do: a full step wholly, a shallow one by
 what it computes, a forecast not at all. What a step takes from others brings their noise with it,
-and so does the share of a full step that is forecast.
+and so does the share of a full step that is forecast. What such shares err by reuse adds up by
+power.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,11 +56,13 @@ def plan_errors(
             scheduler is not that of the table.
     """
     errors = table.reuse_errors()
-    reuse = np.array([errors.parts(schedule).reuse for schedule in schedules])
-    for number, schedule in enumerate(schedules):
-        forecast = table.shares_in(schedule) * forecast_errors(errors, schedule)
-        reuse[number] += forecast @ forecast
-    return table.base_error + reuse + noise_powers(table, noise_scheduler, schedules)
+    shares = [*map(table.shares_in, schedules)]
+    reuse = [
+        errors.parts(schedule).reuse + np.square(share * forecast_errors(errors, schedule)).sum()
+        for schedule, share in zip(schedules, shares, strict=True)
+    ]
+    noise = noise_powers(table, noise_scheduler, schedules, shares)
+    return table.base_error + np.array(reuse) + noise
 
 
 def forecast_errors(errors: ReuseErrors, schedule: CacheSchedule) -> NDArray[np.float64]:
@@ -91,7 +94,7 @@ def noise_powers(
     table: ReuseTable,
     noise_scheduler: NoiseScheduler,
     schedules: Sequence[CacheSchedule],
-    shares: NDArray[np.floating] | None = None,
+    shares: Sequence[NDArray[np.floating]] | NDArray[np.floating] | None = None,
 ) -> NDArray[np.float64]:
     """Returns (P,) the part of `plan_errors` that noise makes, scaled so that with every step full
     and wholly computed it is what the table's noise influence makes of it.
@@ -107,9 +110,9 @@ def noise_powers(
     """
     table.require_for(noise_scheduler)
     every = CacheSchedule.all_full(len(table.timesteps))
-    taken = [*map(table.shares_in, schedules)] if shares is None else [*shares]
-    shares = np.array([np.zeros(len(every)), *taken])
-    powers = _Walk(table, noise_scheduler, [every, *schedules], shares).powers()
+    taken = map(table.shares_in, schedules) if shares is None else shares
+    none_and_taken = np.array([np.zeros(len(every)), *taken])
+    powers = _Walk(table, noise_scheduler, [every, *schedules], none_and_taken).powers()
     scale = table.reuse_errors().parts(every).noise / powers[0] if powers[0] else 1.0
     scaled: NDArray[np.float64] = powers[1:] * scale
     return scaled

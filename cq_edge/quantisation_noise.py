@@ -60,7 +60,7 @@ def averaged_noise(
     Args:
         own: (T,) mean squared errors of full steps.
         influence: (T,) of either sign: `noise_influence`.
-        forecast_share: (T,) of the step after each in that, where both are full.
+        forecast_share: (T,) of each step, that of the next one, where both are full.
     """
     total = len(own)
     anew = np.broadcast_to((own * influence**2)[:, None], (total, total))
