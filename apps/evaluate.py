@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from apps.engines import engine_for
+from apps.frontier_margin import margins
 from apps.kept_pictures import KeptPictures
 from apps.pictures import check_writable
 from apps.prompts_file import read_prompts
@@ -24,7 +25,7 @@ from cq_edge.errors import UsageError
 from cq_edge.latency import DeviceProfile
 from cq_edge.metrics import finite_psnr_db, mean_interval, ssim
 from cq_edge.noise_scheduler import make_noise_scheduler
-from cq_edge.planner import Plan, plan_frontier
+from cq_edge.planner import Plan, plan_frontier, with_better_end
 from cq_edge.reuse_table import ReuseTable
 from cq_edge.scenes import Scene, scenes
 from runtime.bundle import Bundle, open_bundle
@@ -153,15 +154,21 @@ def run(args: argparse.Namespace) -> int:
     captions, world = captions[:drawn], None if world is None else world[:drawn]
     rows = _rows(variants, captions, world, scorer)
     along = 0 if interrupted else args.frontier_captions
-    frontier = _frontier(reference, ours, captions[:along], scorer)
+    frontier, ahead = _frontier(reference, ours, captions[:along], scorer)
     conditions = {
         **_conditions(args, ours),
         "captions": drawn,
         "timed_captions": len(variants[0].loop_ms),
         "interrupted": interrupted,
     }
-    report = {"variants": rows, "frontier": frontier, "conditions": conditions}
+    report = {
+        "variants": rows,
+        "frontier": frontier,
+        "frontier_margins_db": ahead,
+        "conditions": conditions,
+    }
     _print(rows)
+    _print_margins(ahead)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if args.html is not None:
@@ -270,7 +277,11 @@ def _chosen(variants: Sequence[Variant], only: Sequence[str] | None) -> list[Var
 def _planned(side: Side, budget_ms: float) -> Plan:
     """Returns the plan of least error whose loop keeps a budget, or the fastest."""
     fits = [plan for plan in side.frontier if side.loop_ms(plan.schedule) <= budget_ms]
-    return fits[-1] if fits else side.frontier[0]
+    if not fits:
+        return side.frontier[0]
+    spare_ms = budget_ms - side.loop_ms(fits[-1].schedule)
+    noise_schedule = side.bundle.manifest.noise_schedule
+    return with_better_end(fits[-1], spare_ms, side.profile, 2, noise_schedule)
 
 
 def _same(plan: Plan, side: Side) -> Plan:
@@ -406,7 +417,7 @@ def _row(
         "clip_delta": float(deltas.mean()),
         "clip_delta_ci": mean_interval(deltas),
         "attribute_accuracy": accuracy,
-        "psnr_db": float(np.mean([finite_psnr_db(a, b) for a, b in pairs])),
+        "psnr_db": float(_psnrs_db(variant, reference).mean()),
         "ssim": float(np.mean([ssim(a, b) for a, b in pairs])),
         "plan": {
             "noise_scheduler": variant.method.noise_scheduler
@@ -419,6 +430,12 @@ def _row(
     }
 
 
+def _psnrs_db(variant: Variant, reference: Variant) -> NDArray[np.float64]:
+    """Returns (N,) of every caption's picture."""
+    pairs = zip(reference.pictures, variant.pictures, strict=True)
+    return np.array([finite_psnr_db(expected, found) for expected, found in pairs])
+
+
 def _ratio(reference_ms: Sequence[float], own_ms: Sequence[float]) -> float:
     """Returns the median over captions of how many times faster."""
     return median(a / b for a, b in zip(reference_ms, own_ms, strict=True))
@@ -426,10 +443,11 @@ def _ratio(reference_ms: Sequence[float], own_ms: Sequence[float]) -> float:
 
 def _frontier(
     reference: Side, ours: Side, captions: Sequence[str], scorer: "Scorer"
-) -> list[dict[str, Any]]:
-    """Returns quality against speed-up: planned, uniform and fewer steps at equal budgets."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns quality against speed-up (planned, uniform and fewer steps at equal budgets), and
+    by how many dB of PSNR `ours` is ahead."""
     if len(captions) < 2:
-        return []
+        return [], []
     whole = reference.loop_ms(reference.full)
     base = Variant("float32", reference.make(ours.table.steps, reference.full, None))
     points = []
@@ -446,7 +464,11 @@ def _frontier(
             ),
         ]
     drawn = _draw_all([base, *points], captions)
-    return _rows([base, *points], captions[:drawn], None, scorer)[1:]
+    rows = _rows([base, *points], captions[:drawn], None, scorer)[1:]
+    curves: dict[str, list[tuple[float, NDArray[np.float64]]]] = {}
+    for row, point in zip(rows, points, strict=True):
+        curves.setdefault(point.name, []).append((row["loop_speedup"], _psnrs_db(point, base)))
+    return rows, margins(curves.pop("ours"), curves)
 
 
 def _conditions(args: argparse.Namespace, side: Side) -> dict[str, Any]:
@@ -478,3 +500,13 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['clip_delta']:+6.3f} {f'{low:+.3f} to {high:+.3f}':>16} {shown:>6} "
             f"{row['psnr_db']:5.1f} {row['ssim']:5.3f}"
         )
+
+
+def _print_margins(ahead: Sequence[dict[str, Any]]) -> None:
+    if not ahead:
+        return
+    least = min(ahead, key=lambda row: row["difference"])
+    low, high = least["difference_ci"]
+    print(f"along the frontier ours is {least['difference']:+.2f} dB ({low:+.2f} to {high:+.2f}) "
+          f"or more from the next best: at {least['loop_speedup']:.2f}x, "
+          f"{least['next']}")  # fmt: skip

@@ -47,6 +47,7 @@ def html_report(
     ]
     if report["frontier"]:
         parts += ["<h2>Quality against speed-up</h2>", image(_plot(report["frontier"]))]
+        parts.append(_margins(report["frontier_margins_db"]))
     parts += ["<h2>The same captions and seeds</h2>", _sheet(captions, variants)]
     return "\n".join(parts) + "\n"
 
@@ -58,6 +59,20 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [row["name"], str(row["plan"]["full"])]
         cells += [_cell(row[key]) for key in _COLUMNS]
         lines.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def _margins(ahead: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["<table><tr><th>next best</th><th>loop speed-up</th><th>ours − its PSNR, dB</th>"]
+    lines[0] += "<th>95 % interval</th></tr>"
+    for row in ahead:
+        cells = [
+            html.escape(row["next"]),
+            f"{row['loop_speedup']:.2f}",
+            f"{row['difference']:+.2f}",
+        ]
+        cells.append(_cell(row["difference_ci"]))
+        lines.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     return "\n".join([*lines, "</table>"])
 
 

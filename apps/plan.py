@@ -17,6 +17,7 @@ from cq_edge.planner import (
     plan_frontier,
     plan_with_full_steps,
     too_few_to_reuse,
+    with_better_end,
 )
 from cq_edge.reuse_table import OBJECTIVES, ReuseTable
 from runtime.bundle import Bundle, open_bundle
@@ -113,12 +114,17 @@ def _choose(
     branches: int,
     noise_schedule: NoiseScheduleConfig,
 ) -> Plan:
+    device = (profile, branches, noise_schedule)
+    if args.full_steps is not None:
+        return plan_with_full_steps(table, args.full_steps, *device, args.objective)
+
     if args.budget_ms is not None:
-        return best_within_ms(frontier, args.budget_ms)
-    if args.speedup is not None:
-        return best_at_speedup(frontier, args.speedup)
-    full_steps, objective = args.full_steps, args.objective
-    return plan_with_full_steps(table, full_steps, profile, branches, noise_schedule, objective)
+        plan = best_within_ms(frontier, args.budget_ms)
+        spare_ms = args.budget_ms - plan.picture_ms
+    else:
+        plan = best_at_speedup(frontier, args.speedup)
+        spare_ms = profile.loop_ms(plan.schedule, branches) * (plan.speedup / args.speedup - 1)
+    return with_better_end(plan, spare_ms, *device) if args.objective == OBJECTIVES[0] else plan
 
 
 def _as_json(

@@ -61,10 +61,9 @@ def _least(
     are, the last of a loop first."""
     total = len(table.timesteps)
     full = np.array([[mode.is_full for mode in loop.modes] for loop in loops])
-    errors = table.reuse_errors()
-    if errors.skip.shape[1] == 1:  # no forecast was measured
+    if table.skip.shape[1] == 1:  # no forecast was measured
         return np.zeros(full.shape)
-    reuse = _WORTH * np.square([forecast_errors(errors, loop) for loop in loops])
+    reuse = _WORTH * np.square([forecast_errors(table, loop) for loop in loops])
     shares = np.zeros(full.shape)
     for step in _SWEEPS * [*reversed(range(max(1, total - LAST), total))]:
         tried = np.repeat(shares[None], 3, axis=0)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.forecast import Weights
-from cq_edge.frontier import ReuseErrors
 from cq_edge.influence import SMALL, noise_response
 from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.quantisation_noise import ALIKE, FADING, one_branch
@@ -58,36 +57,36 @@ def plan_errors(
     errors = table.reuse_errors()
     shares = [*map(table.shares_in, schedules)]
     reuse = [
-        errors.parts(schedule).reuse + np.square(share * forecast_errors(errors, schedule)).sum()
+        errors.parts(schedule).reuse + np.square(share * forecast_errors(table, schedule)).sum()
         for schedule, share in zip(schedules, shares, strict=True)
     ]
     noise = noise_powers(table, noise_scheduler, schedules, shares)
     return table.base_error + np.array(reuse) + noise
 
 
-def forecast_errors(errors: ReuseErrors, schedule: CacheSchedule) -> NDArray[np.float64]:
-    """Returns (T,) what the forecast of each step errs by where the step before was computed, by
-    reuse alone: what a skipped step errs by, and what the step before did of its own, by what it
-    did not compute; 0 where no forecast was measured.
+def forecast_errors(table: ReuseTable, schedule: CacheSchedule) -> NDArray[np.float64]:
+    """Returns (T,) how far the final latents move by what the forecast of each step errs by where
+    the step before was computed, by reuse alone: what a skipped step errs by, and what the step
+    before did of its own, by what it did not compute; 0 where no forecast was measured.
 
     Args:
-        errors: As `ReuseTable.reuse_errors` gives them.
-        schedule: Of their T steps.
+        table: Says what reuse errs by.
+        schedule: Of its T steps.
     """
     found = np.zeros(len(schedule))
-    if errors.skip.shape[1] == 1:
+    if table.skip.shape[1] == 1:
         return found
-    found[1:] = errors.skip[:-1, 1]
+    found[1:] = np.sqrt(table.skip[:-1, 1])
     guided = 0
     for step, anchor in enumerate(schedule.anchors[:-1]):
         mode = schedule.modes[step]
         if mode.is_shallow:
-            found[step + 1] += errors.shallow[anchor, step - anchor]
+            found[step + 1] += np.sqrt(table.shallow[anchor, step - anchor])
         if mode.is_unguided:
-            found[step + 1] += errors.unguided[guided, step - guided]
+            found[step + 1] += np.sqrt(table.unguided[guided, step - guided])
         elif mode is not Mode.SKIP:
             guided = step
-    return found
+    return found * table.reuse_influence
 
 
 def noise_powers(

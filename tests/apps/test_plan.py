@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from apps import plan as plan_module
@@ -7,7 +8,7 @@ from apps.cli import main
 from cq_edge.cache_schedule import plan_full_steps
 from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NoiseScheduleConfig
-from cq_edge.planner import best_at_speedup, plan_frontier
+from cq_edge.planner import best_at_speedup, best_within_ms, plan_frontier, with_better_end
 from runtime.bundle import open_bundle
 from tests.tiny_bundle import reuse_table
 
@@ -40,7 +41,11 @@ def test_json_says_the_plan_and_what_it_is_predicted_to_cost(plan, device):
     assert code == 0
     found = json.loads(out.splitlines()[-1])
     frontier = plan_frontier([reuse_table()], device, 2, NoiseScheduleConfig())
-    expected = best_at_speedup(frontier, 1.5)
+    first = best_at_speedup(frontier, 1.5)
+    spare_ms = device.loop_ms(first.schedule, 2) * (first.speedup / 1.5 - 1)
+    expected = with_better_end(first, spare_ms, device, 2, NoiseScheduleConfig())
+    assert expected.error < first.error
+    assert expected.speedup >= 1.5
     assert found["modes"] == expected.schedule.to_string()
     assert found["plan"] == expected.schedule.counts
     assert found["error"] == expected.error
@@ -49,12 +54,28 @@ def test_json_says_the_plan_and_what_it_is_predicted_to_cost(plan, device):
     assert len(found["frontier"]) == len(frontier)
 
 
+def test_the_end_of_the_best_plan_within_a_budget_gets_better(plan, device):
+    frontier = plan_frontier([reuse_table()], device, 2, NoiseScheduleConfig())
+    least, *_, most = (plan.picture_ms for plan in frontier)
+    gains = []
+    for budget_ms in np.linspace(least, most, 8).tolist():
+        _, out, _ = plan("--budget-ms", str(budget_ms), "--json")
+        found = json.loads(out)
+        assert found["picture_ms"] <= budget_ms + 0.01
+        gains.append(best_within_ms(frontier, budget_ms).error - found["error"])
+    assert min(gains) >= 0
+    assert max(gains) > 0
+
+
 def test_the_papers_objective_is_a_named_choice(plan):
     _, ours, _ = plan("--full-steps", "4", "--json")
     _, papers, _ = plan("--full-steps", "4", "--objective", "feature_l1", "--json")
     expected = plan_full_steps(reuse_table().feature_l1, 4)
     assert json.loads(papers)["modes"] == expected.to_string()
     assert json.loads(ours)["modes"] != json.loads(papers)["modes"]
+    _, out, _ = plan("--speedup", "1.5", "--objective", "feature_l1", "--json")
+    found = json.loads(out)
+    assert {key: found[key] for key in found["frontier"][0]} in found["frontier"]
 
 
 def test_the_screen_shows_the_choice_and_how_to_use_it(plan):

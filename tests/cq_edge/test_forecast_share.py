@@ -40,7 +40,7 @@ def with_shares(given, noise_scheduler):
 def error(given, noise_scheduler, plan):
     """What a plan is predicted to err by, but that forecasts in full steps count four times."""
     (predicted,) = plan_errors(given, noise_scheduler, [plan])
-    forecast = given.shares_in(plan) * forecast_errors(given.reuse_errors(), plan)
+    forecast = given.shares_in(plan) * forecast_errors(given, plan)
     return predicted + 3 * forecast @ forecast
 
 

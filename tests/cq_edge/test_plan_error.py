@@ -133,19 +133,22 @@ def test_a_plan_errs_by_what_all_plans_do_its_noise_and_its_reuse():
     errors = given.reuse_errors()
     expected = 0.25 + noise_powers(given, SCHEDULER, PLANS)
     for number, plan in enumerate(PLANS):
-        forecast = given.shares_in(plan) * forecast_errors(errors, plan)
+        forecast = given.shares_in(plan) * forecast_errors(given, plan)
         expected[number] += errors.parts(plan).reuse + np.square(forecast).sum()
     np.testing.assert_allclose(plan_errors(given, SCHEDULER, PLANS), expected)
 
 
 def test_a_forecast_errs_as_a_skip_does_and_by_what_the_step_before_did_not_compute():
-    errors = table().reuse_errors()
-    found = forecast_errors(errors, CacheSchedule.from_string("FFSsfKKFF"))
+    given = table()
+    shallow, skip, unguided = map(np.sqrt, (given.shallow, given.skip, given.unguided))
     reused = np.zeros(T)
-    reused[3], reused[4] = errors.shallow[1, 1], errors.shallow[1, 2] + errors.unguided[2, 1]
-    reused[5] = errors.unguided[2, 2]
-    np.testing.assert_allclose(found, np.r_[0, errors.skip[:-1, 1]] + reused)
-    never = replace(errors, skip=errors.skip[:, :1])
+    reused[3], reused[4] = shallow[1, 1], shallow[1, 2] + unguided[2, 1]
+    reused[5] = unguided[2, 2]
+    found = forecast_errors(given, CacheSchedule.from_string("FFSsfKKFF"))
+    expected = (np.r_[0, skip[:-1, 1]] + reused) * given.reuse_influence
+    np.testing.assert_allclose(found, expected)
+    weight = given.skip_weight[:, :2, :1]
+    never = replace(given, skip=given.skip[:, :1], skip_weight=weight)
     assert (forecast_errors(never, PLANS[0]) == 0).all()
 
 
