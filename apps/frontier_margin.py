@@ -14,9 +14,9 @@ Curve: TypeAlias = Sequence[tuple[float, NDArray[np.float64]]]
 
 def margins(ours: Curve, others: Mapping[str, Curve]) -> list[dict[str, Any]]:
     """Returns by how much `ours` is ahead of the best other way at every speed of a point that
-    `ours` reaches; between points, curves are straight, so that there lies the least of it.
-
-    Below its slowest point a curve is as good as there: faster than asked is fast enough.
+    `ours` reaches. Curves are taken as a plot draws them, straight between their points, so that
+    nowhere is `ours` less ahead of one of them than at one of those speeds. Below its slowest point
+    a curve is as good as there.
 
     Args:
         ours: One point or more.
@@ -53,7 +53,9 @@ def _reaches(curve: Curve, speed: float) -> bool:
 
 
 def _at(speed: float, curve: Curve) -> NDArray[np.float64]:
-    """Returns (N,) the quality of a curve at a speed that it reaches."""
-    speeds, qualities = zip(*sorted(curve, key=lambda point: point[0]), strict=True)
+    """Returns (N,) the quality of a curve at a speed that it reaches; of points of one speed the
+    best counts."""
+    best = dict(sorted(curve, key=lambda point: (point[0], point[1].mean())))
+    speeds, qualities = zip(*best.items(), strict=True)
     by_caption = np.stack(qualities, axis=1)
     return np.array([np.interp(speed, speeds, quality) for quality in by_caption])

@@ -23,7 +23,7 @@ from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import BundleError, UsageError
 from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NAMES, NoiseScheduler, make_noise_scheduler
-from cq_edge.planner import best_within_ms, plan_frontier, with_better_end
+from cq_edge.planner import best_within_ms, plan_frontier
 from cq_edge.reuse_table import ReuseTable
 from runtime.bundle import Bundle, open_bundle
 from runtime.denoise import Context, Guidance, StepRecord, denoise
@@ -244,16 +244,13 @@ def _within_budget(
     noise_schedule = bundle.manifest.noise_schedule
     frontier = plan_frontier(recipe.choices, profile, branches, noise_schedule)
     spent_ms = (perf_counter() - start) * 1e3
-    left_ms = budget_ms - spent_ms / pictures
     try:
-        plan = best_within_ms(frontier, left_ms)
+        plan = best_within_ms(frontier, budget_ms - spent_ms / pictures)
     except UsageError as error:
         raise UsageError(
             f"--budget-ms is {budget_ms:.0f}, of which loading and measuring took "
             f"{spent_ms / pictures:.0f} a picture, and {error}"
         ) from error
-    spare_ms = left_ms - plan.picture_ms
-    plan = with_better_end(plan, spare_ms, profile, branches, noise_schedule)
     noise_scheduler = make_noise_scheduler(
         plan.table.noise_scheduler, plan.table.steps, noise_schedule
     )

@@ -77,8 +77,9 @@ def run(args: argparse.Namespace) -> int:
     profile = _predicted(args, bundle) if args.device else _profile(args, bundle)
     branches = bundle.manifest.branches(tables[0].guidance_scale)
     noise_schedule = bundle.manifest.noise_schedule
-    frontier = plan_frontier(tables, profile, branches, noise_schedule, args.objective)
-    plan = _choose(args, tables[0], frontier, profile, branches, noise_schedule)
+    found = plan_frontier(tables, profile, branches, noise_schedule, args.objective)
+    plan = _choose(args, tables[0], found, profile, branches, noise_schedule)
+    frontier = _with_plan(found, plan)
     if args.json:
         print(json.dumps(_as_json(args, plan, frontier, profile)))
     else:
@@ -120,11 +121,20 @@ def _choose(
 
     if args.budget_ms is not None:
         plan = best_within_ms(frontier, args.budget_ms)
-        spare_ms = args.budget_ms - plan.picture_ms
+        own_ms = profile.loop_ms(plan.schedule, branches)
+        loop_ms = own_ms + args.budget_ms - plan.picture_ms
     else:
         plan = best_at_speedup(frontier, args.speedup)
-        spare_ms = profile.loop_ms(plan.schedule, branches) * (plan.speedup / args.speedup - 1)
-    return with_better_end(plan, spare_ms, *device) if args.objective == OBJECTIVES[0] else plan
+        own_ms = profile.loop_ms(plan.schedule, branches)
+        loop_ms = own_ms * plan.speedup / args.speedup
+    return with_better_end(plan, loop_ms, *device) if args.objective == OBJECTIVES[0] else plan
+
+
+def _with_plan(frontier: Sequence[Plan], plan: Plan) -> list[Plan]:
+    """Returns the frontier with a plan whose end is better than what the search found, and without
+    what that beats."""
+    unbeaten = [p for p in frontier if p.picture_ms < plan.picture_ms or p.error < plan.error]
+    return sorted([*unbeaten, plan], key=lambda p: p.picture_ms)
 
 
 def _as_json(

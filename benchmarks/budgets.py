@@ -18,7 +18,7 @@ from apps import cli
 from apps.device_profile import load_profile
 from apps.engines import engine_for
 from cq_edge.latency import DeviceProfile
-from cq_edge.planner import Plan, best_within_ms, plan_frontier, with_better_end
+from cq_edge.planner import Plan, best_within_ms, plan_frontier
 from runtime.bundle import Bundle, open_bundle
 from runtime.conditions import cores
 from runtime.draw import Method, draw
@@ -46,11 +46,7 @@ def main() -> None:
     frontier = plan_frontier(bundle.reuse_tables(), profile, 2, noise_schedule)
     times = sorted(plan.picture_ms for plan in frontier)
     budgets = np.geomspace(1.1 * times[0], times[-1], _BUDGETS).tolist()
-    plans = []
-    for budget_ms in budgets:
-        plan = best_within_ms(frontier, budget_ms)
-        spare_ms = budget_ms - plan.picture_ms
-        plans.append(with_better_end(plan, spare_ms, profile, 2, noise_schedule))
+    plans = [best_within_ms(frontier, budget_ms) for budget_ms in budgets]
     watch = NoiseWatch(args.threads or cores())
     taken = _draw(bundle, plans, args, watch)
     lines = [

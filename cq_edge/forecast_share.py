@@ -20,8 +20,8 @@ from cq_edge.reuse_table import ReuseTable
 _WORTH = 4.0
 """By how much more what a forecast errs by reuse counts here than in a plan's prediction, as a
 power; what of it goes on as noise does counts as there. Forecasts of steps in a row lag behind in
-one direction, and shares that the prediction alone would choose are too large: of 1, 2, 3 and 5,
-the last two were the best for plans of the demo model."""
+one direction, and shares that the prediction alone would choose are too large: from 1 to 14, those
+from 3 to 6 were the best for plans of the demo model."""
 _SWEEPS = 3
 """How often all shares are chosen anew, each for the others; five leave them within a hundredth."""
 

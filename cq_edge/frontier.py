@@ -60,8 +60,9 @@ class ReuseErrors:
         skip: (T, R+1): forecasting from step i, the last that ran a graph. Had that step reused a
             feature or left the negative prompt out, the forecast errs by that too.
         unguided: (T, U+1): forecasting what the negative prompt changes from step i, the last
-            that ran it. Had that step reused a feature, the step right after it errs by that too;
-            later ones are taken not to, as the states do not tell.
+            that ran it. Had that step reused a feature, the step right after it errs by that too
+            (with the influence of that step, which is near to its own); later ones are taken not
+            to, as the states do not tell.
         noise: Of each mode (T, T), as `noise_by_mode` or `averaged_noise` gives it; empty without
             any.
         across: Of each mode (T,): by step, what the square of all that such a step errs by adds to

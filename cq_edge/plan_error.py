@@ -2,12 +2,11 @@
 
 The dynamic program needs errors that depend on no more of the steps before than a few counts. The
 noise of a given plan needs no such thing: how far it goes depends on which later steps answer to
-it. So the noise of every
-step's layers is followed through the plan's own loop, with a denoiser of Gaussian data that answers
-to noise in the latents as far as the graphs of that step do: a full step wholly, a shallow one by
-what it computes, a forecast not at all. What a step takes from others brings their noise with it,
-and so does the share of a full step that is forecast. What such shares err by reuse adds up by
-power.
+it. So the noise of every step's layers is followed through the plan's own loop, with a denoiser of
+Gaussian data that answers to noise in the latents as far as the graphs of that step do: a full step
+wholly, a shallow one by what it computes, a forecast not at all. What a step takes from others
+brings their noise with it, and so does the share of a full step that is forecast. What such shares
+err by reuse adds up by power.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,13 +54,15 @@ def plan_errors(
             scheduler is not that of the table.
     """
     errors = table.reuse_errors()
+    reuse = np.array([errors.parts(schedule).reuse for schedule in schedules])
     shares = [*map(table.shares_in, schedules)]
-    reuse = [
-        errors.parts(schedule).reuse + np.square(share * forecast_errors(table, schedule)).sum()
+    forecast = [
+        np.square(share * forecast_errors(table, schedule)).sum()
         for schedule, share in zip(schedules, shares, strict=True)
     ]
     noise = noise_powers(table, noise_scheduler, schedules, shares)
-    return table.base_error + np.array(reuse) + noise
+    noise += table.base_error + reuse + np.array(forecast)
+    return noise
 
 
 def forecast_errors(table: ReuseTable, schedule: CacheSchedule) -> NDArray[np.float64]:

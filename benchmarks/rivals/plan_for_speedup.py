@@ -4,7 +4,7 @@ from pathlib import Path
 
 from apps.engines import engine_for
 from cq_edge.cache_schedule import CacheSchedule
-from cq_edge.planner import plan_frontier, with_better_end
+from cq_edge.planner import best_within_loop_ms, plan_frontier
 from runtime.bundle import open_bundle
 from runtime.measure import measure_graphs
 
@@ -22,9 +22,5 @@ def plan_for_speedup(
     budget_ms = slow.loop_ms(CacheSchedule.all_full(len(table.timesteps)), 2) / speedup
     noise_schedule = bundles[1].manifest.noise_schedule
     frontier = plan_frontier((table,), fast, 2, noise_schedule)
-    fits = [plan for plan in frontier if fast.loop_ms(plan.schedule, 2) <= budget_ms]
-    if not fits:
-        return frontier[0].schedule.to_string()
-    spare_ms = budget_ms - fast.loop_ms(fits[-1].schedule, 2)
-    plan = with_better_end(fits[-1], spare_ms, fast, 2, noise_schedule)
+    plan = best_within_loop_ms(frontier, budget_ms, fast, 2, noise_schedule)
     return plan.schedule.to_string()

@@ -31,3 +31,10 @@ def test_a_way_that_is_too_slow_is_not_compared_and_a_faster_one_counts_as_it_is
     rows = margins(OURS, {"slow": [(1.0, 50 * ONES)], "fast": [(3.0, 41 * ONES)]})
     found = [(row["loop_speedup"], row["next"], row["difference"]) for row in rows]
     assert found == [(1.0, "slow", 0), (2.0, "fast", 9), (3.0, "fast", 4)]
+
+
+def test_of_points_of_one_speed_the_best_counts():
+    same = [(2.0, 45 * ONES), (2.0, 49 * ONES), (2.0, 40 * ONES), (3.0, 30 * ONES)]
+    for curve in (same, same[::-1]):
+        first, last = margins(OURS[1:], {"other": curve}), margins(curve, {"ours": OURS[1:]})
+        assert (first[0]["difference"], last[0]["difference"]) == (1, -1)

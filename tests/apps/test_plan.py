@@ -42,8 +42,7 @@ def test_json_says_the_plan_and_what_it_is_predicted_to_cost(plan, device):
     found = json.loads(out.splitlines()[-1])
     frontier = plan_frontier([reuse_table()], device, 2, NoiseScheduleConfig())
     first = best_at_speedup(frontier, 1.5)
-    spare_ms = device.loop_ms(first.schedule, 2) * (first.speedup / 1.5 - 1)
-    expected = with_better_end(first, spare_ms, device, 2, NoiseScheduleConfig())
+    expected = with_better_end(first, 10 * 20 / 1.5, device, 2, NoiseScheduleConfig())
     assert expected.error < first.error
     assert expected.speedup >= 1.5
     assert found["modes"] == expected.schedule.to_string()
@@ -51,7 +50,11 @@ def test_json_says_the_plan_and_what_it_is_predicted_to_cost(plan, device):
     assert found["error"] == expected.error
     assert found["picture_ms"] == pytest.approx(expected.picture_ms, abs=0.01)
     assert found["speedup"] == pytest.approx(expected.speedup, abs=1e-4)
-    assert len(found["frontier"]) == len(frontier)
+    times, errors = zip(*((p["picture_ms"], p["error"]) for p in found["frontier"]), strict=True)
+    assert list(times) == sorted(times)
+    assert list(errors) == sorted(errors, reverse=True)
+    assert found["modes"] in [p["modes"] for p in found["frontier"]]
+    assert expected.picture_ms > first.picture_ms  # there was time to spare
 
 
 def test_the_end_of_the_best_plan_within_a_budget_gets_better(plan, device):

@@ -1,5 +1,6 @@
 from itertools import product
 
+import numpy as np
 import pytest
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
@@ -55,14 +56,28 @@ def test_a_plan_stays_where_nothing_else_is_fast_enough():
     assert better_end(table(), SCHEDULER, ALL, lambda s: s == ALL) == ALL
 
 
-def test_only_the_last_twelve_steps_change():
+def test_the_last_twelve_steps_change_and_no_others():
     long = make_noise_scheduler("pndm", 19, NoiseScheduleConfig())
-    start = CacheSchedule.from_string("FSSSS" * 4)
-    found = better_end(table(long), long, start, lambda s: s.counts["full"] <= 6)
-    assert found != start
-    assert found.modes[:8] == start.modes[:8]
+    start, asked = CacheSchedule.from_string("FSSSS" * 4), []
+
+    def fits(schedule):
+        asked.append(schedule.modes)
+        return False
+
+    assert better_end(table(long), long, start, fits) == start
+    changed = np.array(asked) != np.array(start.modes)
+    np.testing.assert_array_equal(changed.any(axis=0), [False] * 8 + [True] * 12)
+    assert (changed.sum(axis=1) <= 2).all()
 
 
-def test_a_step_that_was_not_measured_is_refused():
-    with pytest.raises(ScheduleError, match=r"^step 5 of FSSSSSFFF is shallow"):
-        better_end(table(), SCHEDULER, CacheSchedule.from_string("FSSSSSFFF"), lambda _: True)
+@pytest.mark.parametrize(
+    ("modes", "message"),
+    [
+        ("FSSSSSFFF", "^step 5 of FSSSSSFFF is shallow"),
+        ("FSFSFSFS", "^the schedule has 8 steps and the errors are of 9"),
+        ("FSFSFSFSFSF", "^the schedule has 11 steps and the errors are of 9"),
+    ],
+)
+def test_a_schedule_that_the_table_does_not_know_is_refused(modes, message):
+    with pytest.raises(ScheduleError, match=message):
+        better_end(table(), SCHEDULER, CacheSchedule.from_string(modes), lambda _: True)

@@ -15,10 +15,12 @@ from cq_edge.plan_error import plan_errors
 from cq_edge.planner import (
     best_at_speedup,
     best_with_full_steps,
+    best_within_loop_ms,
     best_within_ms,
     plan_frontier,
     plan_with_full_steps,
     too_few_to_reuse,
+    with_better_end,
 )
 from cq_edge.reuse_table import ReuseTable
 
@@ -126,6 +128,40 @@ def test_the_frontier_has_plans_whose_noise_cancels_and_plans_that_average_it_aw
         for schedule, error in zip(found, predicted, strict=True):
             assert best_within_ms(frontier, PROFILE.picture_ms(schedule, 2)).error <= error
         assert ours & set(found) != ours  # neither search finds all of them
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_a_better_end_is_priced_like_any_plan(branches):
+    few = random_table(2, steps=5, name="euler")
+    device = (PROFILE, branches, NOISE_SCHEDULE)
+    full_ms = PROFILE.loop_ms(CacheSchedule.all_full(8), branches)
+    gains = {-5.0: [], 0.0: [], 20.0: []}
+    for plan in plan_frontier([random_table(1), few], *device):
+        loop_ms = PROFILE.loop_ms(plan.schedule, branches)
+        for spare_ms in gains:
+            found = with_better_end(plan, loop_ms + spare_ms, *device)
+            found_ms = PROFILE.loop_ms(found.schedule, branches)
+            assert found_ms <= loop_ms + max(spare_ms, 0)
+            assert found.speedup == pytest.approx(full_ms / found_ms)
+            assert found.picture_ms == PROFILE.picture_ms(found.schedule, branches)
+            name, steps = plan.table.noise_scheduler, plan.table.steps
+            noise_scheduler = make_noise_scheduler(name, steps, NOISE_SCHEDULE)
+            (error,) = plan_errors(plan.table, noise_scheduler, [found.schedule])
+            assert found.error == pytest.approx(error)
+            gains[spare_ms].append(plan.error - found.error)
+    assert min(gains[0.0]) >= 0
+    assert max(gains[0.0]) > 0
+    assert gains[-5.0] == gains[0.0]
+    assert sum(gains[20.0]) > sum(gains[0.0])
+
+
+def test_the_best_plan_for_a_loop_is_the_best_that_fits_or_the_fastest():
+    device = (PROFILE, 2, NOISE_SCHEDULE)
+    frontier = plan_frontier([random_table(1)], *device)
+    for loop_ms in (1.0, 60.0, 100.0, 150.0):
+        fits = [p for p in frontier if PROFILE.loop_ms(p.schedule, 2) <= loop_ms]
+        expected = with_better_end(fits[-1] if fits else frontier[0], loop_ms, *device)
+        assert best_within_loop_ms(frontier, loop_ms, *device) == expected
 
 
 def test_a_full_step_that_helps_nothing_is_not_on_the_frontier():
