@@ -404,7 +404,6 @@ def _row(
     pictures = np.stack(variant.pictures)
     scores = scorer.clip_scores(pictures, captions)
     deltas = scores - reference_scores
-    pairs = list(zip(reference.pictures, variant.pictures, strict=True))
     accuracy = None if world is None else scorer.attribute_accuracy(pictures, world)["all"]
     return {
         "name": variant.name,
@@ -416,7 +415,7 @@ def _row(
         "clip_delta_ci": mean_interval(deltas),
         "attribute_accuracy": accuracy,
         "psnr_db": float(_psnrs_db(variant, reference).mean()),
-        "ssim": float(np.mean([ssim(a, b) for a, b in pairs])),
+        "ssim": float(np.mean([*map(ssim, reference.pictures, variant.pictures)])),
         "plan": {
             "noise_scheduler": variant.method.noise_scheduler
             or variant.method.bundle.manifest.defaults.noise_scheduler,

@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,22 +53,33 @@ def html_report(
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>{title}</th>" for title in ("", "full steps", *_COLUMNS.values()))
-    lines = [f"<table><tr>{head}</tr>"]
-    for row in rows:
-        cells = [row["name"], str(row["plan"]["full"])]
-        cells += [_cell(row[key]) for key in _COLUMNS]
-        lines.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
-    return "\n".join([*lines, "</table>"])
+    cells = (
+        [row["name"], str(row["plan"]["full"]), *(_cell(row[key]) for key in _COLUMNS)]
+        for row in rows
+    )
+    return html_table(("", "full steps", *_COLUMNS.values()), cells)
 
 
 def _margins(margins_db: Sequence[Mapping[str, Any]]) -> str:
     titles = ("best other way", "loop speed-up", "PSNR of ours − its, dB", "95 % interval")
-    lines = ["<table><tr>" + "".join(f"<th>{title}</th>" for title in titles) + "</tr>"]
-    for row in margins_db:
-        numbers = (f"{row['loop_speedup']:.2f}", f"{row['difference']:+.2f}")
-        cells = [html.escape(row["next"]), *numbers, _cell(row["difference_ci"])]
-        lines.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+    cells = (
+        (
+            row["next"],
+            f"{row['loop_speedup']:.2f}",
+            f"{row['difference']:+.2f}",
+            _cell(row["difference_ci"]),
+        )
+        for row in margins_db
+    )
+    return html_table(titles, cells)
+
+
+def html_table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Returns a table of cells that are plain text."""
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    lines = [f"<table><tr>{head}</tr>"]
+    for cells in rows:
+        lines.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
     return "\n".join([*lines, "</table>"])
 
 

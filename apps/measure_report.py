@@ -3,7 +3,7 @@
 import html
 from collections.abc import Callable, Mapping
 
-from apps.evaluate_report import STYLE, figure_png, image
+from apps.evaluate_report import STYLE, figure_png, html_table, image
 from cq_edge.latency import DeviceProfile, GraphFigures
 from runtime.measure import counted_ms
 from runtime.measurement import Measurement
@@ -136,11 +136,9 @@ def html_report(title: str, measurement: Measurement, profile: DeviceProfile) ->
 
 
 def _table(profile: DeviceProfile) -> str:
-    lines = ["<table><tr>" + "".join(f"<th>{name}</th>" for name in ("graph", *_COLUMNS)) + "</tr>"]
-    for graph, row in profile.figures.items():
-        cells = [graph, *(cell(row) for cell in _COLUMNS.values())]
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return "\n".join([*lines, "</table>"])
+    rows = profile.figures.items()
+    cells = ([graph, *(cell(row) for cell in _COLUMNS.values())] for graph, row in rows)
+    return html_table(("graph", *_COLUMNS), cells)
 
 
 def _operators(measurement: Measurement) -> str:

@@ -118,7 +118,6 @@ def _choose(
     device = (profile, branches, noise_schedule)
     if args.full_steps is not None:
         return plan_with_full_steps(table, args.full_steps, *device, args.objective)
-
     if args.budget_ms is not None:
         plan = best_within_ms(frontier, args.budget_ms)
         own_ms = profile.loop_ms(plan.schedule, branches)
@@ -131,8 +130,8 @@ def _choose(
 
 
 def _with_plan(frontier: Sequence[Plan], plan: Plan) -> list[Plan]:
-    """Returns the frontier with a plan whose end is better than what the search found, and without
-    what that beats."""
+    """Returns the frontier with the plan that is chosen, which may be better than what the search
+    found, and without what that beats."""
     unbeaten = [p for p in frontier if p.picture_ms < plan.picture_ms or p.error < plan.error]
     return sorted([*unbeaten, plan], key=lambda p: p.picture_ms)
 

@@ -61,8 +61,8 @@ class ReuseErrors:
             feature or left the negative prompt out, the forecast errs by that too.
         unguided: (T, U+1): forecasting what the negative prompt changes from step i, the last
             that ran it. Had that step reused a feature, the step right after it errs by that too
-            (with the influence of that step, which is near to its own); later ones are taken not
-            to, as the states do not tell.
+            (with the influence of that step, not its own: up to three times apart at the last
+            steps); later ones are taken not to, as the states do not tell.
         noise: Of each mode (T, T), as `noise_by_mode` or `averaged_noise` gives it; empty without
             any.
         across: Of each mode (T,): by step, what the square of all that such a step errs by adds to

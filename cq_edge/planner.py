@@ -142,12 +142,12 @@ def with_better_end(
     branches: int,
     noise_schedule: NoiseScheduleConfig,
 ) -> Plan:
-    """Returns a plan of our objective with its last steps exchanged until it errs no less. That
-    takes 0.1 to 0.2 s for 51 steps: too long for every plan of a frontier.
+    """Returns a plan of our objective, its last steps exchanged as long as that makes it err less:
+    a tenth of a second or two for 51 steps, too long for every plan of a frontier.
 
     Args:
         plan: Of a frontier.
-        loop_ms: What its loop may take; no less than it takes already.
+        loop_ms: What its loop may take; never less than it takes already.
         profile: Of the device.
         branches: Runs of a graph per guided step.
         noise_schedule: Of the model.

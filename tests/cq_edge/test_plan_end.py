@@ -13,8 +13,8 @@ from tests.cq_edge.test_plan_error import SCHEDULER, T, table
 ALL = CacheSchedule.all_full(T)
 
 
-def error(schedule, given=None):
-    return plan_errors(given or table(), SCHEDULER, [schedule])[0]
+def error(schedule):
+    return plan_errors(table(), SCHEDULER, [schedule])[0]
 
 
 def ends_one_change_away(schedule):
