@@ -237,7 +237,7 @@ def _captions(args: argparse.Namespace) -> tuple[list[str], list[Scene] | None]:
 def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
     """Returns every way in the order of the table; the first is what all are compared with.
 
-    All but the first two are planned for the same time of the loop.
+    All but the first three are planned for the same time of the loop.
     """
     steps, table = ours.table.steps, ours.table
     budget_ms = reference.loop_ms(reference.full) / speedup
@@ -247,6 +247,7 @@ def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
     return [
         Variant("float32", reference.make(steps, reference.full, None)),
         Variant("quantised only", ours.make(steps, ours.full, None)),
+        Variant("quantised, corrected", ours.make(steps, ours.full, table)),
         Variant("cached only", reference.plan(_same(plan, reference))),
         Variant("naive", ours.make(steps, paper, bare)),
         Variant("naive, cache half", ours.make(steps, paper, cached)),
@@ -423,6 +424,7 @@ def _row(
             "modes": variant.method.schedule.to_string(),
             **variant.method.schedule.counts,
             "unguided": variant.method.schedule.unguided,
+            "repeated": variant.method.schedule.repeated,
         },
     }
 

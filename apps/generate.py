@@ -395,10 +395,11 @@ def _report(
     full_ms = sum(each.full_ms for each in done if each.full_ms is not None)
     beside = [str(job.beside_path) for job in jobs if job.beside_path is not None]
     if not args.json:
-        plan = ", ".join(f"{count} {mode}" for mode, count in counts.items() if count)
-        unguided = recipe.cache_schedule.unguided
-        without = f", {unguided} of them unguided" if unguided else ""
-        print(f"plan: {plan}{without} ({recipe.cache_schedule.to_string()})")
+        schedule = recipe.cache_schedule
+        plan = [f"{count} {mode}" for mode, count in counts.items() if count]
+        plan += [f"{schedule.unguided} of them unguided"] if schedule.unguided else []
+        plan += [f"{schedule.repeated} of them repeated"] if schedule.repeated else []
+        print(f"plan: {', '.join(plan)} ({schedule.to_string()})")
         for job, each in zip(jobs, done, strict=True):
             print(f"{job.path}  seed {job.seed}, denoised in {each.denoise_ms:.0f} ms")
         if beside:
@@ -413,6 +414,7 @@ def _report(
         "seed": args.seed,
         "plan": counts,
         "unguided": recipe.cache_schedule.unguided,
+        "repeated": recipe.cache_schedule.repeated,
         "steps": recipe.noise_scheduler.steps,
         "denoise_ms": round(ours_ms, 3),
         "total_ms": round(total_ms, 3),

@@ -26,8 +26,9 @@ from runtime.measure import measure_graphs
 _ROWS = 12  # of the frontier that the screen shows
 
 _DESCRIPTION = """\
-Chooses which steps of a bundle run the full graph, the shallow graph, or none, and which go
-without the negative prompt: the plan of least predicted error within a budget.
+Chooses which steps of a bundle run the full graph, the shallow graph, or none, which go without
+the negative prompt, and which of the last run the full graph two or four times to average its
+rounding: the plan of least predicted error within a budget.
 Planning needs no export and no calibration, only the bundle and how long its graphs take on the
 device, which is measured here unless a device profile or a device that ships is given."""
 
@@ -146,6 +147,7 @@ def _as_json(
         "modes": plan.schedule.to_string(),
         "plan": plan.schedule.counts,
         "unguided": plan.schedule.unguided,
+        "repeated": plan.schedule.repeated,
         "objective": args.objective,
         "graphs_ms": dict(profile.graphs_ms),
         "conditions": dict(profile.conditions),
@@ -174,12 +176,13 @@ def _print(plan: Plan, frontier: Sequence[Plan], profile: DeviceProfile) -> None
     times = ", ".join(f"{graph} {taken:.1f}" for graph, taken in profile.graphs_ms.items())
     print(f"ms per run: {times}\n")
     print("speed-up of the loop   picture, ms   predicted error   full  shallow  skip  unguided  "
-          "noise scheduler")  # fmt: skip
+          "repeated  noise scheduler")  # fmt: skip
     for row in _shown(plan, frontier):
         counts = row.schedule.counts
         print(
             f"{row.speedup:20.2f} {row.picture_ms:13.0f} {row.error:17.4g} {counts['full']:6} "
-            f"{counts['shallow']:8} {counts['skip']:5} {row.schedule.unguided:9}  "
+            f"{counts['shallow']:8} {counts['skip']:5} {row.schedule.unguided:9} "
+            f"{row.schedule.repeated:9}  "
             f"{row.table.noise_scheduler} {row.table.steps}"
             f"{'  <- chosen' if row is plan else ''}"
         )

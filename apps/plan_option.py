@@ -12,8 +12,8 @@ from cq_edge.reuse_table import ReuseTable
 
 PLAN_HELP = (
     "full; uniform:N (a full step every N); full-steps:N (the best plan with N full steps, by "
-    "the reuse table); a mode per step, such as FSKfs (F full, S shallow, K skip, small letters "
-    "without the negative prompt); or a JSON file "
+    "the reuse table); a mode per step, such as FSKfsD (F full, S shallow, K skip, small letters "
+    "without the negative prompt, D and Q full twice and four times); or a JSON file "
     'with such modes, {"modes": "FSSFS"}'
 )
 
@@ -40,7 +40,7 @@ def choose_schedule(
         return CacheSchedule.uniform(total_steps, int(number))
     if form == "full-steps" and number.isdecimal():
         return best_with_full_steps(reuse_table().reuse_errors(), int(number))
-    if re.fullmatch("[FSKfs]+", plan):
+    if re.fullmatch("[FSKfsDQ]+", plan):
         return CacheSchedule.from_string(plan)
     if plan.endswith(".json"):
         return _from_file(Path(plan))

@@ -16,7 +16,9 @@ class Mode(StrEnum):
     """What a step runs: the full graph, the shallow graph, or none.
 
     An unguided step runs its graph for the prompt alone; what the negative prompt would change
-    is forecast from guided steps.
+    is forecast from guided steps. A step that is full twice or four times runs its graph so often
+    on latents that are moved apart a little, and takes the mean: quantised layers round otherwise
+    each time.
     """
 
     FULL = "full"
@@ -24,11 +26,13 @@ class Mode(StrEnum):
     SKIP = "skip"
     FULL_UNGUIDED = "full unguided"
     SHALLOW_UNGUIDED = "shallow unguided"
+    FULL_TWICE = "full twice"
+    FULL_FOUR_TIMES = "full four times"
 
     @property
     def is_full(self) -> bool:
         """Whether the full graph runs, which makes the step an anchor."""
-        return self in {Mode.FULL, Mode.FULL_UNGUIDED}
+        return self in {Mode.FULL, Mode.FULL_UNGUIDED} or self.runs > 1
 
     @property
     def is_shallow(self) -> bool:
@@ -40,8 +44,13 @@ class Mode(StrEnum):
         """Whether a graph runs, but not for the negative prompt."""
         return self in {Mode.FULL_UNGUIDED, Mode.SHALLOW_UNGUIDED}
 
+    @property
+    def runs(self) -> int:
+        """How often a branch's graph runs, if it does."""
+        return {Mode.FULL_TWICE: 2, Mode.FULL_FOUR_TIMES: 4}.get(self, 1)
 
-_LETTERS = dict(zip("FSKfs", Mode, strict=True))
+
+_LETTERS = dict(zip("FSKfsDQ", Mode, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +69,7 @@ class CacheSchedule:
                 raise ScheduleError(f"step {step} has mode {mode!r}: it must be a Mode")
         if self.modes[0] is not Mode.FULL:
             raise ScheduleError(
-                f"step 0 is {self.modes[0]}, but nothing was computed before it: make it full"
+                f"step 0 is {self.modes[0]}, but nothing was computed before it: make it full, once"
             )
         for step, anchor in enumerate(self.anchors):
             if self.modes[step] is Mode.SHALLOW and self.modes[anchor].is_unguided:
@@ -97,6 +106,11 @@ class CacheSchedule:
         return sum(mode.is_unguided for mode in self.modes)
 
     @property
+    def repeated(self) -> int:
+        """How many full steps run twice or four times."""
+        return sum(mode.runs > 1 for mode in self.modes)
+
+    @property
     def max_gap(self) -> int:
         """The largest distance of a shallow step to its anchor; 0 if there is none."""
         gaps = (step - anchor for step, anchor in enumerate(self.anchors))
@@ -127,7 +141,8 @@ class CacheSchedule:
 
     @classmethod
     def from_string(cls, text: str) -> Self:
-        """Returns the schedule of one letter a step: F full, S shallow, K skip; f and s unguided.
+        """Returns the schedule of one letter a step: F full, S shallow, K skip; f and s unguided,
+        D and Q full twice (double) and four times (quadruple).
 
         Raises:
             ScheduleError: Another letter stands there, the first is not F, or S reuses f.
@@ -136,7 +151,8 @@ class CacheSchedule:
             if letter not in _LETTERS:
                 raise ScheduleError(
                     f'step {step} of "{text}" is "{letter}": '
-                    "use F for full, S for shallow, K for skip, f and s for unguided ones"
+                    "use F for full, S for shallow, K for skip, f and s for unguided ones, "
+                    "D and Q for full twice and four times"
                 )
         return cls(tuple(_LETTERS[letter] for letter in text))
 

@@ -3,17 +3,21 @@
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import ScheduleError
+from cq_edge.quantisation_noise import REPEATED
 
 _NS_PER_MS = 1e6
+_REPEATED_LAST = 8
+"""Of the steps of a loop, the last, how many the search lets be full twice or four times: noise of
+earlier ones is mended by those."""
 
 
 class _State(NamedTuple):
@@ -64,7 +68,7 @@ class ReuseErrors:
             (with the influence of that step, not its own: up to three times apart at the last
             steps); later ones are taken not to, as the states do not tell.
         noise: Of each mode (T, T), as `noise_by_mode` or `averaged_noise` gives it; empty without
-            any.
+            any. A step may be full several times if its mode is there.
         across: Of each mode (T,): by step, what the square of all that such a step errs by adds to
             the noise, as far as it is like noise; empty without any.
         squared: Whether errors of reuse are squared; otherwise all of them add up as they are, as
@@ -111,6 +115,11 @@ class ReuseErrors:
         """
         return self.parts(schedule).total
 
+    def once(self) -> Self:
+        """Returns the errors of plans in which no step is full several times."""
+        noise = {mode: noise for mode, noise in self.noise.items() if mode not in REPEATED}
+        return replace(self, noise=noise)
+
     @property
     def _first(self) -> ErrorParts:
         """Of the first step, which is full."""
@@ -143,6 +152,9 @@ class ReuseErrors:
         gap, skipped, unguided = state.gap + 1, state.skipped + 1, state.unguided + 1
         reusable, forecastable = gap < self.shallow.shape[1], unguided < self.unguided.shape[1]
         yield Mode.FULL, _State()
+        for mode in REPEATED:
+            if mode in self.noise:
+                yield mode, _State()
         if reusable and state.guided_anchor:
             yield Mode.SHALLOW, _State(gap)
         if forecastable:
@@ -218,8 +230,9 @@ def search_frontier(
     """Returns the schedules that no other beats in both time and the sum of `ReuseErrors.parts`,
     each with that, the fastest first.
 
-    Exact for that sum, and for the steps' times to a nanosecond. What a forecast costs is taken to
-    depend on how far back the last computed value lies, not on how far back the one before it does.
+    Exact for that sum, and for the steps' times to a nanosecond, but that only the last steps may
+    be full several times. What a forecast costs is taken to depend on how far back the last
+    computed value lies, not on how far back the one before it does.
 
     Args:
         errors: Of T steps.
@@ -232,6 +245,8 @@ def search_frontier(
         found = defaultdict(list)
         for state, labels in layers[-1].items():
             for mode, (after, reuse, noise) in errors._moves(state).items():
+                if mode.runs > 1 and step < len(errors.shallow) - _REPEATED_LAST:
+                    continue
                 error = labels.more_error + reuse[step] + noise[step]
                 found[after].append(((state, mode), labels, labels.more_ns + ns[mode], error))
         layers.append({after: _undominated(parts) for after, parts in found.items()})

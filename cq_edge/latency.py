@@ -137,7 +137,8 @@ class DeviceProfile:
         if mode is Mode.SKIP:
             return self.step_ms
         graph = "denoise" if mode.is_full else "denoise_shallow"
-        return self.step_ms + (1 if mode.is_unguided else branches) * self.graphs_ms[graph]
+        runs = 1 if mode.is_unguided else mode.runs * branches
+        return self.step_ms + runs * self.graphs_ms[graph]
 
     def loop_ms(self, schedule: CacheSchedule, branches: int) -> float:
         """Returns what the denoising loop takes.

@@ -12,6 +12,7 @@ from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import ScheduleError
 from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.plan_error import plan_errors
+from cq_edge.quantisation_noise import REPEATED
 from cq_edge.reuse_table import ReuseTable
 
 _END = 12
@@ -69,7 +70,7 @@ def _changed(modes: tuple[Mode, ...]) -> Iterator[tuple[Mode, ...]]:
     """Yields the modes with one or two of the last steps changed; the first step stays."""
     end = range(max(1, len(modes) - _END), len(modes))
     for step in end:
-        for mode in {Mode.FULL, Mode.SHALLOW} - {modes[step]}:
+        for mode in {Mode.FULL, Mode.SHALLOW, *REPEATED} - {modes[step]}:
             yield *modes[:step], mode, *modes[step + 1 :]
     for one, other in combinations(end, 2):
         if modes[one] is not modes[other]:

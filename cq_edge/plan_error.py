@@ -171,6 +171,7 @@ class _Walk:
         self._shallow = _where(schedules, lambda mode: mode.is_shallow)
         self._skip = _where(schedules, lambda mode: mode is Mode.SKIP)
         self._unguided = _where(schedules, lambda mode: mode.is_unguided)
+        self._runs = np.array([[mode.runs for mode in schedule.modes] for schedule in schedules])
         self._forecast_share = np.where(self._skip, 1.0, shares)
         self._total = len(table.timesteps)
         self._followed = min(LAST, self._total)
@@ -186,10 +187,11 @@ class _Walk:
             latents, history = self._noise_scheduler.advance(latents, prediction, step, history)
         kinds = latents.reshape(len(latents), _KINDS, -1) / SMALL
         steps = np.arange(kinds.shape[2])
-        apart = np.abs(np.subtract.outer(steps, steps))
-        alike = np.where(apart, ALIKE * FADING**apart, 1.0)
+        alike = ALIKE * FADING ** np.abs(np.subtract.outer(steps, steps))
         quantised, reused = kinds[:, :-1], kinds[:, -1]
         powers: NDArray[np.float64] = np.einsum("pki,ij,pkj->p", quantised, alike, quantised)
+        drawn_anew = (1 - ALIKE) / self._runs[:, -self._followed :]
+        powers += np.einsum("pki,pi->p", np.square(quantised), drawn_anew)
         powers += np.square(reused).sum(axis=1)
         return powers
 

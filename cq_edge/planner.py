@@ -183,7 +183,7 @@ def plan_with_full_steps(
 
 def best_with_full_steps(errors: ReuseErrors, full_steps: int) -> CacheSchedule:
     """Returns the schedule of the least sum of errors with so many full steps or fewer, none
-    unguided.
+    unguided or run more than once.
 
     Raises:
         UsageError: What was measured does not reach that far; names the least number that does.
@@ -191,7 +191,7 @@ def best_with_full_steps(errors: ReuseErrors, full_steps: int) -> CacheSchedule:
     step_count = len(errors.shallow)
     if not 1 <= full_steps <= step_count:
         raise UsageError(f"{full_steps} full steps of {step_count}: ask for 1 to {step_count}")
-    guided = replace(errors, unguided=np.zeros((step_count, 1)))
+    guided = replace(errors.once(), unguided=np.zeros((step_count, 1)))
     cost = {mode: float(mode.is_full) for mode in Mode}
     found = [schedule for schedule, _ in search_frontier(guided, cost)]
     fits = [schedule for schedule in found if schedule.counts["full"] <= full_steps]

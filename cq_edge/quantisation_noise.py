@@ -7,6 +7,9 @@ of its own is left out (`plan_error` has it). So noise adds up by amplitude with
 the signs of the steps' influence, and by power over segments, but for what a segment's first step
 has in common with the segment before. Where full steps take a share of forecasts, that is another
 sum: `averaged_noise`.
+
+Of a step run again, on latents moved by a fiftieth, as much noise is the same as if it were the
+step next to it at no distance; the rest is drawn anew, and the mean of several runs has less of it.
 """
 
 import numpy as np
@@ -17,6 +20,7 @@ from cq_edge.cache_schedule import Mode
 ALIKE, FADING = 0.26, 0.73
 """The noise of full steps that lie d apart has the correlation ALIKE · FADING**d, as measured on
 the demo model."""
+REPEATED = (Mode.FULL_TWICE, Mode.FULL_FOUR_TIMES)
 
 
 def noise_by_mode(
@@ -39,8 +43,10 @@ def noise_by_mode(
     goes_on = own[source] * ((before + influence[:, None]) ** 2 - before**2)
     anew = np.broadcast_to((own * influence**2)[:, None], (total, total))
     both = np.sqrt(own[:, None] * own[source]) * influence[:, None] * before
+    shared = 2 * ALIKE * FADING**back * both
     return {
-        Mode.FULL: anew + 2 * ALIKE * FADING**back * both,
+        Mode.FULL: anew + shared,
+        **{mode: left_of_runs(mode.runs) * anew + shared for mode in REPEATED},
         Mode.SHALLOW: goes_on,
         Mode.SKIP: goes_on,
         Mode.FULL_UNGUIDED: goes_on + one_branch(guidance_scale) * anew,
@@ -67,7 +73,13 @@ def averaged_noise(
     full = anew.copy()
     if total > 1:
         full[1:, 1] *= (1 - forecast_share[:-1]) ** 2
-    return {mode: full if mode is Mode.FULL else anew for mode in Mode}
+    repeated = {mode: left_of_runs(mode.runs) * full for mode in REPEATED}
+    return dict.fromkeys(Mode, anew) | {Mode.FULL: full} | repeated
+
+
+def left_of_runs(runs: NDArray[np.integer] | int) -> NDArray[np.float64] | float:
+    """Returns the power of the noise of so many runs' mean, of that of one run."""
+    return ALIKE + (1 - ALIKE) / runs
 
 
 def one_branch(guidance_scale: float) -> float:

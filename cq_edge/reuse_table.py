@@ -176,7 +176,8 @@ class ReuseTable:
 
     def errors_to_search(self, objective: str = OBJECTIVES[0]) -> tuple[ReuseErrors, ...]:
         """Returns what plans worth a closer look minimise one of: noise may cancel as it goes on,
-        or be averaged away where steps in a row are full, which no sum tells apart.
+        or be averaged away where steps in a row are full, or full several times, which no sum tells
+        apart.
 
         Raises:
             UsageError: There is no such objective.
@@ -185,7 +186,7 @@ class ReuseTable:
         if not errors.noise:
             return (errors,)
         noise = averaged_noise(self.own, self.noise_influence, self.forecast_share[:, 0])
-        return errors, replace(errors, noise=noise)
+        return errors.once(), replace(errors, noise=noise)
 
     def require_for(self, noise_scheduler: NoiseScheduler) -> None:
         """Refuses a noise scheduler of other timesteps.

@@ -20,7 +20,7 @@ from cq_edge.model.trajectory import Loop, Prompt, mean_square
 from cq_edge.plan_error import noise_powers
 from cq_edge.reuse_table import ReuseTable
 
-_MODE_COSTS = (1.0, 0.1, 0.0, 0.5, 0.05)
+_MODE_COSTS = {Mode.FULL: 1.0, Mode.SHALLOW: 0.1, Mode.SKIP: 0.0}
 """What a step of each mode takes in the search for the plan that is tried, of a full step."""
 _FULL_SHARE, _FULL_STEPS = 0.25, 8
 """The larger is what is full: few enough for reuse to err more than quantisation does, and enough
@@ -101,8 +101,8 @@ def scaled_to_trial(
         noise_influence=table.noise_influence * np.sqrt(scale),
     )
     # a step without the negative prompt cannot be run branch by branch
-    errors = replace(table.reuse_errors(), unguided=np.zeros((len(table.timesteps), 1)))
-    plans = search_frontier(errors, dict(zip(Mode, _MODE_COSTS, strict=True)))
+    errors = replace(table.reuse_errors().once(), unguided=np.zeros((len(table.timesteps), 1)))
+    plans = search_frontier(errors, _MODE_COSTS)
     most = max(_FULL_STEPS, int(_FULL_SHARE * len(table.timesteps)))
     thrifty = [s for s, _ in plans if s.counts["full"] <= most]
     schedule = thrifty[-1] if thrifty else plans[0][0]

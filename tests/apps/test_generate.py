@@ -76,6 +76,7 @@ def test_the_last_line_of_json_says_what_was_made(generate: Generate) -> None:
         "seed",
         "plan",
         "unguided",
+        "repeated",
         "steps",
         "denoise_ms",
         "total_ms",
@@ -86,6 +87,17 @@ def test_the_last_line_of_json_says_what_was_made(generate: Generate) -> None:
     assert result["plan"] == {"full": 11, "shallow": 0, "skip": 0}
     assert result["steps"] == 10
     assert 0 < result["denoise_ms"] < result["total_ms"]
+
+
+def test_a_plan_is_said_with_what_is_special_about_its_steps(generate: Generate) -> None:
+    plan = ("--plan", "FFSfsKFDQF", "--scheduler", "ddim")
+    code, out, _ = generate(STAR, *plan)
+    assert code == 0
+    said = "plan: 7 full, 2 shallow, 1 skip, 2 of them unguided, 2 of them repeated (FFSfsKFDQF)"
+    assert out.splitlines()[0] == said
+    _, out, _ = generate(STAR, *plan, "--json", "-o", "again.png")
+    result = last_json(out)
+    assert (result["unguided"], result["repeated"]) == (2, 2)
 
 
 def test_a_picture_says_how_it_was_made(generate: Generate) -> None:

@@ -235,6 +235,16 @@ def test_unguided_steps_are_anchors_of_unguided_steps():
     assert str(Mode.SHALLOW_UNGUIDED) == "shallow unguided"
 
 
+def test_steps_that_run_several_times_are_full_ones():
+    schedule = CacheSchedule.from_string("FSDSQsFK")
+    assert schedule.anchors == (0, 0, 2, 2, 4, 4, 6, 6)
+    assert schedule.counts == {"full": 4, "shallow": 3, "skip": 1}
+    assert [mode.runs for mode in schedule.modes] == [1, 1, 2, 1, 4, 1, 1, 1]
+    assert schedule.repeated == 2
+    assert schedule.to_string() == "FSDSQsFK"
+    assert str(Mode.FULL_FOUR_TIMES) == "full four times"
+
+
 def test_a_schedule_knows_its_anchors_counts_gaps_and_segments():
     schedule = CacheSchedule.from_string("FSSKFSF")
     assert schedule.anchors == (0, 0, 0, 0, 4, 4, 6)
@@ -260,12 +270,16 @@ def test_uniform_schedules():
         ),
         (
             lambda: CacheSchedule.from_string("SF"),
-            "step 0 is shallow, but nothing was computed before it: make it full",
+            "step 0 is shallow, but nothing was computed before it: make it full, once",
+        ),
+        (
+            lambda: CacheSchedule.from_string("DF"),
+            "step 0 is full twice, but nothing was computed before it: make it full, once",
         ),
         (
             lambda: CacheSchedule.from_string("FSX"),
             'step 2 of "FSX" is "X": use F for full, S for shallow, K for skip, f and s for '
-            "unguided ones",
+            "unguided ones, D and Q for full twice and four times",
         ),
         (
             lambda: CacheSchedule(("full",)),

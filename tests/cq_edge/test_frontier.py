@@ -9,7 +9,7 @@ from cq_edge.errors import ScheduleError
 from cq_edge.frontier import ReuseErrors, search_frontier
 from cq_edge.quantisation_noise import noise_by_mode
 
-MODE_MS = dict(zip(Mode, (20.0, 6.0, 0.1, 10.1, 3.1), strict=True))
+MODE_MS = dict(zip(Mode, (20.0, 6.0, 0.1, 10.1, 3.1, 39.9, 79.7), strict=True))
 
 
 def random_errors(seed, steps=7, gaps=(3, 2, 2)):
@@ -54,7 +54,8 @@ def test_skips_go_as_far_as_they_were_measured_where_nothing_goes_unguided():
 
 def every_schedule(errors):
     """Every schedule that the errors cover, with what it errs by."""
-    for rest in product("FSKfs", repeat=len(errors.shallow) - 1):
+    letters = "FSKfsDQ" if errors.noise else "FSKfs"
+    for rest in product(letters, repeat=len(errors.shallow) - 1):
         try:
             schedule = CacheSchedule.from_string("F" + "".join(rest))
             yield schedule, errors.parts(schedule)
@@ -147,6 +148,28 @@ def test_refuses_what_was_not_measured(modes, message):
     with pytest.raises(ScheduleError) as caught:
         errors.total(CacheSchedule.from_string(modes))
     assert str(caught.value).startswith(message)
+
+
+def test_of_a_long_loop_the_last_eight_steps_may_be_full_several_times():
+    noise = noise_by_mode(np.ones(12), np.full(12, 0.5), 1.0)
+    errors = ReuseErrors(*3 * [np.ones((12, 1))], noise)
+    found = [schedule for schedule, _ in search_frontier(errors, MODE_MS)]
+    assert found[0] == CacheSchedule.all_full(12)
+    assert found[-1].to_string() == 4 * "F" + 8 * "Q"
+    assert any("D" in schedule.to_string() for schedule in found)
+
+
+def test_plans_of_steps_that_run_once():
+    errors = random_errors(1)
+    found = [schedule for schedule, _ in search_frontier(errors.once(), MODE_MS)]
+    several = {Mode.FULL_TWICE, Mode.FULL_FOUR_TIMES}
+    assert {mode for schedule in found for mode in schedule.modes} == {*Mode} - several
+    for schedule in found:
+        assert errors.once().parts(schedule) == errors.parts(schedule)
+    with pytest.raises(ScheduleError, match=r"^step 1 of FDFFFFF is full twice"):
+        errors.once().parts(CacheSchedule.from_string("FDFFFFF"))
+    with pytest.raises(ScheduleError, match=r"^step 2 of FFQFFFF is full four times"):
+        random_errors(0).parts(CacheSchedule.from_string("FFQFFFF"))  # no noise to average
 
 
 def test_an_array_of_one_column_rules_its_mode_out():

@@ -27,6 +27,12 @@ def test_an_unguided_step_runs_its_graph_once_and_every_step_takes_its_arithmeti
     assert slower.loop_ms(schedule, 2) == profile().loop_ms(schedule, 2) + 5 * 0.5
 
 
+def test_a_step_that_is_full_several_times_runs_its_graph_so_often_for_each_branch():
+    schedule = CacheSchedule.from_string("FDQS")
+    assert profile().loop_ms(schedule, 1) == 10 * (1 + 2 + 4) + 3
+    assert profile().loop_ms(schedule, 2) == 2 * profile().loop_ms(schedule, 1)
+
+
 def test_a_picture_also_takes_its_prompts_and_the_decoding():
     assert profile().picture_ms(CacheSchedule.from_string("FS"), 2) == 2 * 13 + 2 * 2 + 5
 

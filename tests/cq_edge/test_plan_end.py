@@ -18,9 +18,9 @@ def error(schedule):
 
 
 def ends_one_change_away(schedule):
-    """One step full or shallow instead, or two exchanged."""
+    """One step full, so often, or shallow instead, or two exchanged."""
     for step in range(1, T):
-        for mode in (Mode.FULL, Mode.SHALLOW):
+        for mode in (Mode.FULL, Mode.FULL_TWICE, Mode.FULL_FOUR_TIMES, Mode.SHALLOW):
             yield *schedule.modes[:step], mode, *schedule.modes[step + 1 :]
     for one, other in product(range(1, T), repeat=2):
         modes = list(schedule.modes)

@@ -87,8 +87,9 @@ def moved(given, scheduler, schedule, kind, source):
 
 def by_hand(given, scheduler, schedule):
     followed = range(max(0, len(schedule) - LAST), len(schedule))
-    distance = np.abs(np.subtract.outer(followed, followed))
-    alike = np.where(distance, 0.26 * 0.73**distance, 1)
+    alike = 0.26 * 0.73 ** np.abs(np.subtract.outer(followed, followed))
+    runs = np.array([{"D": 2, "Q": 4}.get(letter, 1) for letter in schedule.to_string()])
+    alike += np.diag(0.74 / runs[followed.start :])
     power = 0.0
     for layers in ("deep", "near"):
         for name in ("prompt", "negative"):
@@ -99,7 +100,7 @@ def by_hand(given, scheduler, schedule):
 
 
 PLANS = [CacheSchedule.from_string(modes) for modes in (
-    "FFFFFFFFF", "FSFSSFKFS", "FFfFsSKFF", "FKKFfKsFK", "FFSSSSFFf"
+    "FFFFFFFFF", "FSFSSFKFS", "FFfFsSKFF", "FKKFfKsFK", "FFSSSSFFf", "FDSFfDQKQ"
 )]  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def test_so_many_full_steps_are_kept_and_no_step_goes_unguided():
     errors = table.reuse_errors()
     plan = plan_with_full_steps(table, 4, PROFILE, 2, NOISE_SCHEDULE)
     assert plan.schedule.counts["full"] == 4
-    assert plan.schedule.unguided == 0
+    assert plan.schedule.unguided == plan.schedule.repeated == 0
     noise_scheduler = make_noise_scheduler("ddim", 8, NOISE_SCHEDULE)
     assert [plan.error] == plan_errors(table, noise_scheduler, [plan.schedule]).tolist()
     assert plan.error > 0.125

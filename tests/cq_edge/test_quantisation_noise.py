@@ -48,6 +48,19 @@ def test_every_mode_has_what_it_adds():
     assert set(noise_by_mode(OWN, INFLUENCE, 7.5)) == set(Mode)
 
 
+@pytest.mark.parametrize(("letter", "runs"), [("D", 2), ("Q", 4)])
+def test_the_mean_of_several_runs_has_less_noise_of_its_own_and_as_much_in_common(letter, runs):
+    """As drawing it many times shows: runs of a step are as alike as steps at no distance."""
+    alike = np.full((runs + 1, runs + 1), 0.26) + 0.74 * np.eye(runs + 1)
+    alike[0, 1:] = alike[1:, 0] = 0.26 * 0.73  # the first is of the step before
+    drawn = np.random.default_rng(0).multivariate_normal(np.zeros(runs + 1), alike, 400_000)
+    means = [drawn[:, 1], drawn[:, 1:].mean(axis=1)]
+    moved = (np.sqrt(OWN) * INFLUENCE)[2:]
+    one, several = (np.square(moved[0] * drawn[:, 0] + moved[1] * mean).mean() for mean in means)
+    found = added(f"FFF{letter}") - added("FFFF")
+    assert found == pytest.approx(several - one, rel=0.02)
+
+
 def test_averaged_noise_is_new_but_for_what_full_steps_in_a_row_forecast():
     share = np.array([0.5, 0.25, 1.0, 0.75])
     anew = OWN * INFLUENCE**2
@@ -57,6 +70,7 @@ def test_averaged_noise_is_new_but_for_what_full_steps_in_a_row_forecast():
         ("FFFF", (1, 0.25, 0.5625, 0)),
         ("FSFK", (1,) * 4),
         ("FFfF", (1, 0.25, 1, 1)),
+        ("FDQS", (1, 0.25 * 0.63, 0.5625 * 0.445, 1)),
     ):
         found = errors.parts(CacheSchedule.from_string(modes)).noise
         assert found == pytest.approx(anew @ left)
@@ -64,4 +78,6 @@ def test_averaged_noise_is_new_but_for_what_full_steps_in_a_row_forecast():
 
 def test_averaged_noise_of_a_single_step_is_its_own():
     found = averaged_noise(OWN[:1], INFLUENCE[:1], np.zeros(1))
-    assert {float(added[0, 0]) for added in found.values()} == {OWN[0] * INFLUENCE[0] ** 2}
+    assert {float(added[0, 0]) for mode, added in found.items() if mode.runs == 1} == {
+        OWN[0] * INFLUENCE[0] ** 2
+    }

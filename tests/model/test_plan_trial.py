@@ -116,8 +116,8 @@ def test_the_table_is_scaled_to_every_step_full_and_half_way_to_a_plan_that_comp
     parts = np.array([0.75, 2.5 * 0.25])  # new at every step, and what stays counts for more
     assert [full_error, shared] == pytest.approx(1e-6 * parts / parts.sum(), rel=1e-3)
     noisy = replace(table, noise_influence=scaled.noise_influence)
-    costs = dict(zip(Mode, (1, 0.1, 0, 0.5, 0.05), strict=True))
-    found = search_frontier(noisy.reuse_errors(), costs)
+    costs = {Mode.FULL: 1, Mode.SHALLOW: 0.1, Mode.SKIP: 0}
+    found = search_frontier(noisy.reuse_errors().once(), costs)
     plan = [schedule for schedule, _ in found if schedule.counts["full"] <= 8][-1]
     assert ("K" in plan.to_string()) == skips
     pairs = [(_by_hand(loop, n, plan.to_string(), skip.shape[1] + 1), exact[n]) for n in range(2)]

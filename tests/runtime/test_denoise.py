@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -185,6 +185,46 @@ def full_by_hand(
         for s in (2, 1)
     )
     return negative, prompt
+
+
+@pytest.mark.parametrize(("letter", "runs"), [("D", 2), ("Q", 4)])
+def test_a_step_that_is_full_several_times_takes_the_mean_of_latents_moved_apart(
+    letter: str, runs: int
+) -> None:
+    class Listening(FakeEngine):
+        given: list[dict[str, Any]]
+
+        def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            self.given.append(dict(inputs))
+            return super().run(graph, inputs)
+
+    engine, table = Listening(), reuse_table()
+    engine.given = []
+    found = records(f"F{letter}S" + "F" * 7, engine=engine)
+    assert engine.calls[2:] == ["denoise"] * 2 * runs + ["denoise_shallow"] * 2 + ["denoise"] * 14
+    seen, moved = found[0].latents, {}
+    for which, first in ((2, 2), (1, 2 + runs)):
+        given = engine.given[first : first + runs]
+        for inputs in given:
+            np.testing.assert_array_equal(inputs["embeddings"], embeddings(which))
+        apart = np.array([inputs["latents"] - seen for inputs in given])
+        np.testing.assert_allclose(np.abs(apart), 0.02, rtol=1e-3)
+        np.testing.assert_allclose(apart[::2] + apart[1::2], 0, atol=1e-6)
+        assert np.unique(np.sign(apart), axis=0).shape[0] == runs
+        moved[which] = [FakeEngine().run("denoise", inputs) for inputs in given]
+    means = {
+        name: [np.mean([outputs[name] for outputs in moved[which]], axis=0) for which in (2, 1)]
+        for name in ("noise_pred", "cached_feature")
+    }
+    negative, prompt = full_by_hand(make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig()),
+                                    initial_latents(SHAPE, 3, 1.0), 0)  # fmt: skip
+    guided, (low, high) = negative + 5 * (prompt - negative), means["noise_pred"]
+    expected = 0.75 * (low + 5 * (high - low)) + 0.25 * guided
+    np.testing.assert_allclose(predictions(found)[1], expected, rtol=1e-3, atol=1e-4)
+    line = Forecast().after(0, FakeEngine().run("denoise", engine.given[0])["cached_feature"])
+    line = line.after(1, means["cached_feature"][0])
+    reused = engine.given[2 + 2 * runs]["cached_feature"]
+    np.testing.assert_allclose(reused, line.at(2, table.feature_weight), rtol=1e-4, atol=1e-5)
 
 
 WEIGHTS = np.full((STEPS, 3, 4), 0.75, np.float32)
