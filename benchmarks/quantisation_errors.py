@@ -1,8 +1,9 @@
-"""What of a quantised full graph's error any correction by channel could take away.
+"""What of a quantised full graph's error corrections by channel could take away, and several runs.
 
 Runs captions that calibration never saw with the float32 graph at every step, and the quantised
-graphs on the same latents. A gain and an offset of each channel of the guided noise prediction are
-fitted at every step on half of the captions, and tried on the other half:
+graphs on the same latents, and on latents moved apart as in steps that are full several times. A
+gain and an offset of each channel of the guided noise prediction are fitted at every step on half
+of the captions, and tried on the other half:
 
     make evaluate
     python -m benchmarks.quantisation_errors --reference out/evaluate/float32
@@ -21,13 +22,18 @@ from tqdm import tqdm
 
 from apps.engines import engine_for
 from benchmarks.full_loop import full_graph, full_loop, prompt_contexts
+from cq_edge.model.trajectory import FullGraph, Loop, Prompt, Visit
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
+from runtime.denoise import moved_apart
 
 _SCENES_SEED = 60_000_001
 _PARTS = 3
+_REPEATS = (1, 2, 4)
 Runs = NDArray[np.float64]
 """(captions, T, 4, h, w): the guided noise prediction at every step."""
+Repeats = NDArray[np.float64]
+"""(captions, T, 3, 4, h, w): of one run, and the means of two and of four."""
 
 
 def main() -> None:
@@ -52,7 +58,7 @@ def main() -> None:
 
 def _run(
     reference: Bundle, bundles: Sequence[Bundle], captions: Sequence[str], threads: int | None
-) -> tuple[Runs, list[Runs]]:
+) -> tuple[Runs, list[Repeats]]:
     """Returns the float32 predictions, and each bundle's on the same latents."""
     engine = engine_for(reference, threads)
     graphs = [full_graph(engine_for(bundle, threads), bundle) for bundle in bundles]
@@ -67,30 +73,40 @@ def _run(
         for visit in loop.run(number, prompt):
             exact[-1].append(visit.noise_pred[0].double().numpy())
             for graph, runs in zip(graphs, found, strict=True):
-                branches = [
-                    graph(visit.seen, visit.timestep, *context)[0]
-                    for context in loop.branches(prompt)
-                ]
-                runs[-1].append(loop.guided(branches)[0].double().numpy())
+                runs[-1].append(_repeated(graph, loop, visit, prompt))
     return np.array(exact), [np.array(runs) for runs in found]
 
 
-def _table(exact: Runs, quantised: dict[Path, tuple[Bundle, Runs]]) -> str:
+def _repeated(graph: FullGraph, loop: Loop, visit: Visit, prompt: Prompt) -> NDArray[np.float64]:
+    """Returns (3, 4, h, w): a step's guided noise prediction, and the means of several runs'."""
+    means = []
+    for runs in _REPEATS:
+        seen = map(torch.from_numpy, moved_apart(visit.seen.numpy(), visit.step, runs))
+        guided = [
+            loop.guided([graph(x, visit.timestep, *given)[0] for given in loop.branches(prompt)])
+            for x in seen
+        ]
+        means.append(torch.stack(guided).mean(dim=0)[0].double().numpy())
+    return np.array(means)
+
+
+def _table(exact: Runs, quantised: dict[Path, tuple[Bundle, Repeats]]) -> str:
     lines = [
         "| bundle | smaller than float32 | steps | error, dB | left by offsets | by both "
-        "| like the step before's |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
+        "| like the step before's | left by two runs | by four |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for path, (bundle, runs) in quantised.items():
+    for path, (bundle, repeats) in quantised.items():
         smaller = float(bundle.manifest.conditions["unet_compression"])
         for steps in np.array_split(np.arange(exact.shape[1]), _PARTS):
-            right, wrong = exact[:, steps], runs[:, steps]
-            error = float(np.square(wrong - right).mean())
+            right, wrong = exact[:, steps], repeats[:, steps, 0]
+            error, *several = np.square(repeats[:, steps] - right[:, :, None]).mean((0, 1, 3, 4, 5))
             left = [_left(right, wrong, gains=gains) / error for gains in (False, True)]
             error_db = 10 * np.log10(np.square(right).mean() / error)
             lines.append(
                 f"| {path.name} | {smaller:.2f} | {steps[0] + 1} to {steps[-1] + 1} | "
-                f"{error_db:.1f} | {left[0]:.1%} | {left[1]:.1%} | {_alike(wrong - right):.2f} |"
+                f"{error_db:.1f} | {left[0]:.1%} | {left[1]:.1%} | {_alike(wrong - right):.2f} | "
+                f"{several[0] / error:.0%} | {several[1] / error:.0%} |"
             )
     return "\n".join(
         [
@@ -100,8 +116,9 @@ def _table(exact: Runs, quantised: dict[Path, tuple[Bundle, Runs]]) -> str:
             "latents: signal over error, and the share of the error's power that is left when an "
             "offset, or a gain and an offset, of each channel at each step are taken from the "
             f"other half of {len(exact)} held-out captions and seeds. Above 100 %: what was fitted "
-            "does not carry over. Last: the correlation of the error with that of the step before. "
-            f"torch {torch.__version__}.",
+            "does not carry over. Then the correlation of the error with that of the step before, "
+            "and the share of its power that the mean of several runs leaves, as a plan's repeated "
+            f"steps have it (D, Q). torch {torch.__version__}.",
             "",
         ]
     )

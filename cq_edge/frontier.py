@@ -16,8 +16,8 @@ from cq_edge.quantisation_noise import REPEATED
 
 _NS_PER_MS = 1e6
 _REPEATED_LAST = 8
-"""Of the steps of a loop, the last, how many the search lets be full twice or four times: noise of
-earlier ones is mended by those."""
+"""The last steps, which the search lets be full several times: later ones mend the noise of earlier
+ones, and more moves take it longer."""
 
 
 class _State(NamedTuple):

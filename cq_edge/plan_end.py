@@ -29,8 +29,8 @@ def better_end(
     fits: Callable[[CacheSchedule], bool],
 ) -> CacheSchedule:
     """Returns a schedule that would hardly err less, by `plan_errors`, with one of its last steps
-    full or shallow instead, or with two of them exchanged; the best such change is made as long
-    as there is one.
+    shallow or full instead, once or several times, or with two of them exchanged; the best such
+    change is made as long as there is one.
 
     Args:
         table: Says what steps err by.

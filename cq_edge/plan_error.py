@@ -190,8 +190,8 @@ class _Walk:
         alike = ALIKE * FADING ** np.abs(np.subtract.outer(steps, steps))
         quantised, reused = kinds[:, :-1], kinds[:, -1]
         powers: NDArray[np.float64] = np.einsum("pki,ij,pkj->p", quantised, alike, quantised)
-        drawn_anew = (1 - ALIKE) / self._runs[:, -self._followed :]
-        powers += np.einsum("pki,pi->p", np.square(quantised), drawn_anew)
+        unlike = (1 - ALIKE) / self._runs[:, -self._followed :]
+        powers += np.einsum("pki,pi->p", np.square(quantised), unlike)
         powers += np.square(reused).sum(axis=1)
         return powers
 

@@ -8,8 +8,9 @@ the signs of the steps' influence, and by power over segments, but for what a se
 has in common with the segment before. Where full steps take a share of forecasts, that is another
 sum: `averaged_noise`.
 
-Of a step run again, on latents moved by a fiftieth, as much noise is the same as if it were the
-step next to it at no distance; the rest is drawn anew, and the mean of several runs has less of it.
+A step that is full several times has the mean of its runs' noise. They are as alike as steps at no
+distance would be (`python -m benchmarks.quantisation_errors`); what they do not have in common is
+averaged.
 """
 
 import numpy as np
@@ -21,6 +22,7 @@ ALIKE, FADING = 0.26, 0.73
 """The noise of full steps that lie d apart has the correlation ALIKE · FADING**d, as measured on
 the demo model."""
 REPEATED = (Mode.FULL_TWICE, Mode.FULL_FOUR_TIMES)
+"""Modes of steps that are full several times."""
 
 
 def noise_by_mode(
@@ -77,8 +79,8 @@ def averaged_noise(
     return dict.fromkeys(Mode, anew) | {Mode.FULL: full} | repeated
 
 
-def left_of_runs(runs: NDArray[np.integer] | int) -> NDArray[np.float64] | float:
-    """Returns the power of the noise of so many runs' mean, of that of one run."""
+def left_of_runs(runs: int) -> float:
+    """Returns the power of the noise that so many runs' mean has, of that of one run."""
     return ALIKE + (1 - ALIKE) / runs
 
 

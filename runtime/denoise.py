@@ -21,9 +21,9 @@ FloatArray = NDArray[np.float32]
 Context = Mapping[str, FloatArray]
 """What the UNet is told beside latents and timestep, by the names of its graphs' inputs."""
 _APART = 0.02
-"""How far latents are moved up or down, value by value, for a graph that runs several times: from
-0.01 to 0.03 quantised layers of the demo model round most of it otherwise, and the mean of runs
-moved to both sides is what the graph gives in the middle."""
+"""How far latents are moved for a graph that runs several times: enough for quantised layers to
+round most of what they do otherwise, and so little that the mean of runs moved to either side is
+what the graph gives in the middle (docs/quantisation_errors.md has what is left of their error)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,7 +210,7 @@ class _Denoiser:
         self, step: int, inputs: dict[str, FloatArray], branches: tuple[Context, ...], runs: int
     ) -> list[FloatArray]:
         predictions = []
-        latents = [*_moved(inputs["latents"], step, runs)]
+        latents = [*moved_apart(inputs["latents"], step, runs)]
         for branch, context in enumerate(branches, start=-len(branches)):
             given = {**inputs, **context}
             found = [self._engine.run("denoise", {**given, "latents": each}) for each in latents]
@@ -250,9 +250,15 @@ class _Denoiser:
         return negative + scale * difference
 
 
-def _moved(latents: FloatArray, step: int, runs: int) -> Iterator[FloatArray]:
-    """Yields what a graph that runs once, twice or four times is given: one by one up and down,
-    by signs that depend on the step alone."""
+def moved_apart(latents: FloatArray, step: int, runs: int) -> Iterator[FloatArray]:
+    """Yields what each run of a graph is given: the latents themselves if there is one, otherwise
+    pairs that are moved to either side, value by value by signs that depend on the step alone.
+
+    Args:
+        latents: Any shape, float32, as the graph takes them.
+        step: Of the loop.
+        runs: 1 or an even number; more begin with those of fewer.
+    """
     if runs == 1:
         yield latents
         return

@@ -1,7 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
-from benchmarks.quantisation_errors import _alike, _left
+from benchmarks.quantisation_errors import _alike, _left, _repeated
+from cq_edge.model.trajectory import Loop
+from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 
 
 @pytest.fixture
@@ -35,3 +40,23 @@ def test_errors_of_neighbouring_steps_are_as_alike_as_they_were_drawn():
     mixed[:, 1::2] = 0.6 * fresh[:, ::2] + 0.8 * fresh[:, 1::2]  # every other pair alike by 0.6
     pairs = 10 / 19
     assert _alike(mixed) == pytest.approx(0.6 * pairs, abs=0.01)
+
+
+def test_of_several_runs_the_mean_is_taken_on_latents_moved_to_either_side():
+    seen_by_graph = []
+
+    def squares(latents, _, *context):
+        seen_by_graph.append(latents)
+        return latents**2 + context[0], latents
+
+    noise_scheduler = make_noise_scheduler("ddim", 4, NoiseScheduleConfig())
+    loop = Loop(squares, noise_scheduler, (4, 2, 2), 3.0)
+    prompt = ((torch.tensor(0.0),), (torch.tensor(1.0),))
+    visit = next(iter(loop.run(0, prompt)))
+    visit, latents = replace(visit, step=2), visit.seen[0].double().numpy()
+    seen_by_graph.clear()
+    once, twice, four_times = _repeated(squares, loop, visit, prompt)
+    assert len(seen_by_graph) == 2 * (1 + 2 + 4)
+    np.testing.assert_allclose(once, latents**2 + 3, rtol=1e-5)
+    for several in (twice, four_times):  # (x + d)² and (x - d)², on the mean x² + d²
+        np.testing.assert_allclose(several - once, 0.02**2, atol=2e-6)
