@@ -43,8 +43,8 @@ _FRONTIER_SPEEDUPS = (2.0, 3.0, 4.0, 5.18, 6.0, 8.0)
 
 _DESCRIPTION = """\
 Draws the same captions from the same seeds in every way that there is (float32 at every step,
-quantised only, cached only, both, with and without corrections, a uniform cache, fewer steps)
-and compares speed, size and quality; then some of the captions in ours and in other ways at 2 to 8
+quantised, cached, both, each with and without corrections, a uniform cache, fewer steps) and
+compares speed, size and quality; then some of the captions in ours and in other ways at 2 to 8
 times the speed: quality against speed-up, and how far ours is ahead of the best other way.
 The ways take turns caption by caption, in one process.
 Ctrl-C compares what was drawn until then."""

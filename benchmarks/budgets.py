@@ -50,7 +50,7 @@ def main() -> None:
     watch = NoiseWatch(args.threads or cores())
     taken = _draw(bundle, plans, args, watch)
     lines = [
-        "| budget, ms | plan: full, shallow, skip | predicted, ms | measured, ms: median "
+        "| budget, ms | plan: full, shallow, skip, repeated | predicted, ms | measured, ms: median "
         "(p10–p90) | over the budget | over the prediction | within 10 % |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(_row(*row) for row in zip(budgets, plans, taken, strict=True)),
@@ -97,7 +97,8 @@ def _row(budget_ms: float, plan: Plan, taken: list[float]) -> str:
     over = median(taken) / budget_ms
     return (
         f"| {budget_ms:.1f} | {plan.table.noise_scheduler} {plan.table.steps}: "
-        f"{counts['full']}, {counts['shallow']}, {counts['skip']} | {plan.picture_ms:.1f} | "
+        f"{counts['full']}, {counts['shallow']}, {counts['skip']}, {plan.schedule.repeated} | "
+        f"{plan.picture_ms:.1f} | "
         f"{median(taken):.1f} ({p10:.1f}–{p90:.1f}) | {over - 1:+.1%} | "
         f"{median(taken) / plan.picture_ms - 1:+.1%} | {'yes' if over <= _MOST_OVER else 'NO'} |"
     )

@@ -29,7 +29,6 @@ from runtime.denoise import moved_apart
 
 _SCENES_SEED = 60_000_001
 _PARTS = 3
-_REPEATS = (1, 2, 4)
 Runs = NDArray[np.float64]
 """(captions, T, 4, h, w): the guided noise prediction at every step."""
 Repeats = NDArray[np.float64]
@@ -79,15 +78,13 @@ def _run(
 
 def _repeated(graph: FullGraph, loop: Loop, visit: Visit, prompt: Prompt) -> NDArray[np.float64]:
     """Returns (3, 4, h, w): a step's guided noise prediction, and the means of several runs'."""
-    means = []
-    for runs in _REPEATS:
-        seen = map(torch.from_numpy, moved_apart(visit.seen.numpy(), visit.step, runs))
-        guided = [
-            loop.guided([graph(x, visit.timestep, *given)[0] for given in loop.branches(prompt)])
-            for x in seen
-        ]
-        means.append(torch.stack(guided).mean(dim=0)[0].double().numpy())
-    return np.array(means)
+    moved = map(torch.from_numpy, moved_apart(visit.seen.numpy(), visit.step, 4))
+    once, *runs = (
+        loop.guided([graph(x, visit.timestep, *given)[0] for given in loop.branches(prompt)])
+        for x in (visit.seen, *moved)
+    )
+    of_two, of_four = (torch.stack(several).mean(dim=0) for several in (runs[:2], runs))
+    return torch.cat([once, of_two, of_four]).double().numpy()
 
 
 def _table(exact: Runs, quantised: dict[Path, tuple[Bundle, Repeats]]) -> str:

@@ -47,9 +47,10 @@ class Mode(StrEnum):
     @property
     def runs(self) -> int:
         """How often a branch's graph runs, if it does."""
-        return {Mode.FULL_TWICE: 2, Mode.FULL_FOUR_TIMES: 4}.get(self, 1)
+        return _RUNS.get(self, 1)
 
 
+_RUNS = {Mode.FULL_TWICE: 2, Mode.FULL_FOUR_TIMES: 4}
 _LETTERS = dict(zip("FSKfsDQ", Mode, strict=True))
 
 
@@ -68,9 +69,12 @@ class CacheSchedule:
             if not isinstance(mode, Mode):
                 raise ScheduleError(f"step {step} has mode {mode!r}: it must be a Mode")
         if self.modes[0] is not Mode.FULL:
-            raise ScheduleError(
-                f"step 0 is {self.modes[0]}, but nothing was computed before it: make it full, once"
+            why = (
+                "only later steps may be"
+                if self.modes[0].runs > 1
+                else "nothing was computed before"
             )
+            raise ScheduleError(f"step 0 is {self.modes[0]}, but {why}: make it full")
         for step, anchor in enumerate(self.anchors):
             if self.modes[step] is Mode.SHALLOW and self.modes[anchor].is_unguided:
                 raise ScheduleError(

@@ -239,13 +239,15 @@ def search_frontier(
         mode_ms: What a step of each mode takes.
     """
     ns = {mode: round(taken * _NS_PER_MS) for mode, taken in mode_ms.items()}
+    several = [mode for mode in ns if mode.runs > 1]
     start = np.array([errors._first.noise])
     layers = [{_State(): _Labels(np.array([ns[Mode.FULL]]), start)}]
     for step in range(1, len(errors.shallow)):
+        never = several if step < len(errors.shallow) - _REPEATED_LAST else ()
         found = defaultdict(list)
         for state, labels in layers[-1].items():
             for mode, (after, reuse, noise) in errors._moves(state).items():
-                if mode.runs > 1 and step < len(errors.shallow) - _REPEATED_LAST:
+                if mode in never:
                     continue
                 error = labels.more_error + reuse[step] + noise[step]
                 found[after].append(((state, mode), labels, labels.more_ns + ns[mode], error))

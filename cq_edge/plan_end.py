@@ -18,6 +18,7 @@ from cq_edge.reuse_table import ReuseTable
 _END = 12
 """Steps that are looked at, the last: for eight plans of the demo model, looking at twice as many
 took up to six times as long and was worth 0.3 % at most, which no command here repeats."""
+_MODES = (Mode.FULL, Mode.SHALLOW, *REPEATED)
 _LEAST_GAIN = 5e-4
 """Of the error, what an exchange must be worth."""
 
@@ -70,8 +71,9 @@ def _changed(modes: tuple[Mode, ...]) -> Iterator[tuple[Mode, ...]]:
     """Yields the modes with one or two of the last steps changed; the first step stays."""
     end = range(max(1, len(modes) - _END), len(modes))
     for step in end:
-        for mode in {Mode.FULL, Mode.SHALLOW, *REPEATED} - {modes[step]}:
-            yield *modes[:step], mode, *modes[step + 1 :]
+        for mode in _MODES:
+            if mode is not modes[step]:
+                yield *modes[:step], mode, *modes[step + 1 :]
     for one, other in combinations(end, 2):
         if modes[one] is not modes[other]:
             exchanged = list(modes)

@@ -5,8 +5,8 @@ noise of a given plan needs no such thing: how far it goes depends on which late
 it. So the noise of every step's layers is followed through the plan's own loop, with a denoiser of
 Gaussian data that answers to noise in the latents as far as the graphs of that step do: a full step
 wholly, a shallow one by what it computes, a forecast not at all. What a step takes from others
-brings their noise with it, and so does the share of a full step that is forecast. What such shares
-err by reuse adds up by power.
+brings their noise with it, and so does the share of a computed step that is forecast. What such
+shares err by reuse adds up by power.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.forecast import Weights
 from cq_edge.influence import SMALL, noise_response
 from cq_edge.noise_scheduler import NoiseScheduler
-from cq_edge.quantisation_noise import ALIKE, FADING, one_branch
+from cq_edge.quantisation_noise import ALIKE, FADING, MOVED, one_branch
 from cq_edge.reuse_table import ReuseTable
 
 _SHALLOW_ANSWER = 0.23
@@ -237,10 +237,10 @@ class _Walk:
         return deep, near
 
     def _reused(self, step: int) -> Noise:
-        """Returns what reuse adds to the prediction of a step, of its own."""
+        """Returns what reuse, and moving latents, add to the prediction of a step, of its own."""
         if (place := self._place(step)) < 0:
             return self._nothing
-        power = np.zeros(len(self._nothing))
+        power = np.where(self._runs[:, step] > 1, MOVED, 0.0)
         table = self._table
         for errors, part, line, share in (
             (table.shallow, self._shallow, self._prompt, _AS_NOISE),

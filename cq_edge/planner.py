@@ -55,7 +55,7 @@ def plan_frontier(
     objective: str = OBJECTIVES[0],
 ) -> tuple[Plan, ...]:
     """Returns the plans that no other beats in both error and time, the fastest first, of those
-    that the dynamic program finds.
+    that the dynamic program finds and that take no longer than the bundle's own steps all full.
 
     Compares across noise schedulers and steps: fewer steps count with their base error.
 
@@ -78,7 +78,7 @@ def plan_frontier(
             plans.append(_priced(schedule, table, error, full_ms, profile, branches))
     frontier: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (plan.picture_ms, plan.error)):
-        if not frontier or plan.error < frontier[-1].error:
+        if plan.speedup >= 1 and (not frontier or plan.error < frontier[-1].error):
             frontier.append(plan)
     return tuple(frontier)
 
@@ -147,22 +147,25 @@ def with_better_end(
 
     Args:
         plan: Of a frontier.
-        loop_ms: What its loop may take; never less than it takes already.
+        loop_ms: What its loop may take; never less than it takes already, nor more than with
+            every step full.
         profile: Of the device.
         branches: Runs of a graph per guided step.
         noise_schedule: Of the model.
     """
     table, own_ms = plan.table, profile.loop_ms(plan.schedule, branches)
+    full_ms = plan.speedup * own_ms
+    longest_ms = max(min(loop_ms, full_ms), own_ms)
     noise_scheduler = make_noise_scheduler(table.noise_scheduler, table.steps, noise_schedule)
 
     def fits(schedule: CacheSchedule) -> bool:
-        return profile.loop_ms(schedule, branches) <= max(loop_ms, own_ms)
+        return profile.loop_ms(schedule, branches) <= longest_ms
 
     schedule = better_end(table, noise_scheduler, plan.schedule, fits)
     if schedule == plan.schedule:
         return plan
     (error,) = predicted_errors(table, noise_schedule, [schedule], OBJECTIVES[0])
-    return _priced(schedule, table, error, plan.speedup * own_ms, profile, branches)
+    return _priced(schedule, table, error, full_ms, profile, branches)
 
 
 def plan_with_full_steps(

@@ -113,7 +113,7 @@ def _loop(row: Mapping[str, Any]) -> str:
         return _NONE
     text = _figure(row["loop_ms"], 0)
     if len(row["loop_modes"]) > 1:
-        full = sum(row["loop_modes"].get(mode, 0) for mode in "Ff")
+        full = sum(row["loop_modes"].get(mode, 0) for mode in "FfDQ")
         text += f", {full} steps full"
     return f"{text}, predicted" if row["loop_is_predicted"] else text
 

@@ -116,8 +116,8 @@ class LoopRun:
     Attributes:
         latents: (1, 4, h, w) after the last step that ran; None where they cannot be had.
         steps_ms: Wall time of each step, guidance and noise scheduler included.
-        modes: What each step ran, letters as in `CacheSchedule`: F the whole UNet, S its outer
-            layers, K nothing, small letters without the empty prompt.
+        modes: What each step ran, letters as in `CacheSchedule`: F the whole UNet (D twice, Q four
+            times), S its outer layers, K nothing, small letters without the empty prompt.
         peak_mib: The most memory the process had held when the loop ended, for contenders that go
             on to make the picture; None: what it has held by now.
     """

@@ -191,8 +191,10 @@ def test_fewer_steps_are_calibrated_too_and_planned_where_time_is_short(built, c
     assert main(["plan", str(folder), "--speedup", "1", "--json"]) == 0
     frontier = json.loads(capsys.readouterr().out)["frontier"]
     assert {plan["noise_scheduler"] for plan in frontier} == {"ddim", "dpmsolver++"}
-    # what has no negative prompt has less of the noise that guidance multiplies
-    assert frontier[-1]["modes"].upper() == "F" * 8
+    assert all(plan["speedup"] >= 1 for plan in frontier)
+    # what has no negative prompt has less of the noise that guidance multiplies, as has what is
+    # full several times
+    assert set(frontier[-1]["modes"]) & set("fDQ")
     assert 0 < frontier[-1]["error"] < frontier[0]["error"]  # quantised full steps err too
 
 

@@ -65,6 +65,7 @@ def test_every_way_is_compared_with_float32(evaluate):
     best = best_within_loop_ms(frontier, 2 * 100 / 2, profile, 2, NoiseScheduleConfig())
     assert profile.loop_ms(best.schedule, 2) <= 2 * 100 / 2
     assert rows["ours"]["plan"]["modes"] == best.schedule.to_string()
+    assert rows["ours"]["plan"]["repeated"] == best.schedule.repeated
     assert rows["uniform cache"]["plan"]["modes"] == CacheSchedule.uniform(10, 3).to_string()
     assert rows["fewer steps, ddim"]["plan"]["steps"] == 5
     assert {row["name"] for row in report["frontier"]} == {

@@ -47,6 +47,8 @@ def test_json_says_the_plan_and_what_it_is_predicted_to_cost(plan, device):
     assert expected.speedup >= 1.5
     assert found["modes"] == expected.schedule.to_string()
     assert found["plan"] == expected.schedule.counts
+    for name in ("unguided", "repeated"):
+        assert found[name] == getattr(expected.schedule, name)
     assert found["error"] == expected.error
     assert found["picture_ms"] == pytest.approx(expected.picture_ms, abs=0.01)
     assert found["speedup"] == pytest.approx(expected.speedup, abs=1e-4)
@@ -89,6 +91,7 @@ def test_the_screen_shows_the_choice_and_how_to_use_it(plan):
     words = out.splitlines()[-1].split()
     assert words[:5] == ["--scheduler", "ddim", "--steps", "10", "--plan"]
     assert words[5].count("F") == 4
+    assert chosen.split()[6:8] == ["0", "0"]  # unguided, repeated
     assert main(["generate", "bundle", "a ring", *words]) == 0
 
 

@@ -7,6 +7,7 @@ import torch
 from benchmarks.quantisation_errors import _alike, _left, _repeated
 from cq_edge.model.trajectory import Loop
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
+from runtime.denoise import moved_apart
 
 
 @pytest.fixture
@@ -56,7 +57,11 @@ def test_of_several_runs_the_mean_is_taken_on_latents_moved_to_either_side():
     visit, latents = replace(visit, step=2), visit.seen[0].double().numpy()
     seen_by_graph.clear()
     once, twice, four_times = _repeated(squares, loop, visit, prompt)
-    assert len(seen_by_graph) == 2 * (1 + 2 + 4)
+    assert len(seen_by_graph) == 2 * (1 + 4)
+    for moved, given in zip(
+        seen_by_graph[2::2], moved_apart(visit.seen.numpy(), 2, 4), strict=True
+    ):
+        np.testing.assert_array_equal(moved, given)
     np.testing.assert_allclose(once, latents**2 + 3, rtol=1e-5)
     for several in (twice, four_times):  # (x + d)² and (x - d)², on the mean x² + d²
         np.testing.assert_allclose(several - once, 0.02**2, atol=2e-6)

@@ -72,8 +72,9 @@ def test_of_full_and_shallow_steps_the_frontier_is_the_papers_program_at_every_c
         assert found == pytest.approx(errors.total(papers))
 
 
-def test_so_many_full_steps_are_kept_and_no_step_goes_unguided():
+def test_so_many_full_steps_are_kept_and_no_step_goes_unguided_or_is_repeated():
     table = random_table(3, base_error=0.125)
+    table.noise_pred[:, 0] = 0.5
     errors = table.reuse_errors()
     plan = plan_with_full_steps(table, 4, PROFILE, 2, NOISE_SCHEDULE)
     assert plan.schedule.counts["full"] == 4
@@ -126,6 +127,9 @@ def test_the_frontier_has_plans_whose_noise_cancels_and_plans_that_average_it_aw
         found = [schedule for schedule, _ in search_frontier(errors, costs)]
         predicted = plan_errors(table, noise_scheduler, found)
         for schedule, error in zip(found, predicted, strict=True):
+            if PROFILE.loop_ms(schedule, 2) > 2 * 10 * total:
+                assert schedule not in ours  # it takes longer than every step full
+                continue
             assert best_within_ms(frontier, PROFILE.picture_ms(schedule, 2)).error <= error
         assert ours & set(found) != ours  # neither search finds all of them
 

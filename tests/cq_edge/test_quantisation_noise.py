@@ -73,7 +73,19 @@ def test_averaged_noise_is_new_but_for_what_full_steps_in_a_row_forecast():
         ("FDQS", (1, 0.25 * 0.63, 0.5625 * 0.445, 1)),
     ):
         found = errors.parts(CacheSchedule.from_string(modes)).noise
-        assert found == pytest.approx(anew @ left)
+        moved = [1e-5 * (letter in "DQ") for letter in modes] @ INFLUENCE**2
+        assert found == pytest.approx(anew @ left + moved, rel=1e-9)
+
+
+def test_where_nothing_is_rounded_running_again_only_moves_what_a_step_gives():
+    never, nothing = np.zeros((4, 4)), np.zeros(4)
+    for noise in (
+        noise_by_mode(nothing, INFLUENCE, 2.0), averaged_noise(nothing, INFLUENCE, nothing)
+    ):  # fmt: skip
+        errors = ReuseErrors(never, never, never, noise)
+        assert errors.parts(CacheSchedule.from_string("FFFF")).noise == 0
+        found = errors.parts(CacheSchedule.from_string("FFDQ")).noise
+        assert found == pytest.approx(1e-5 * (0.3**2 + 0.2**2))
 
 
 def test_averaged_noise_of_a_single_step_is_its_own():

@@ -24,7 +24,7 @@ from cq_edge.noise_scheduler import (
     NoiseScheduler,
     make_noise_scheduler,
 )
-from runtime.denoise import Guidance, StepRecord, denoise
+from runtime.denoise import Guidance, StepRecord, denoise, moved_apart
 from runtime.generate import initial_latents, noises
 from tests.tiny_bundle import MAX_GAP, SIDE, STEPS, WIDTH, FakeEngine, reuse_table
 
@@ -202,6 +202,10 @@ def test_a_step_that_is_full_several_times_takes_the_mean_of_latents_moved_apart
     engine.given = []
     found = records(f"F{letter}S" + "F" * 7, engine=engine)
     assert engine.calls[2:] == ["denoise"] * 2 * runs + ["denoise_shallow"] * 2 + ["denoise"] * 14
+    np.testing.assert_array_equal(*(
+        [inputs["latents"] for inputs in engine.given[first : first + runs]]
+        for first in (2, 2 + runs)
+    ))  # fmt: skip
     seen, moved = found[0].latents, {}
     for which, first in ((2, 2), (1, 2 + runs)):
         given = engine.given[first : first + runs]
@@ -225,6 +229,19 @@ def test_a_step_that_is_full_several_times_takes_the_mean_of_latents_moved_apart
     line = line.after(1, means["cached_feature"][0])
     reused = engine.given[2 + 2 * runs]["cached_feature"]
     np.testing.assert_allclose(reused, line.at(2, table.feature_weight), rtol=1e-4, atol=1e-5)
+
+
+def test_how_latents_are_moved_depends_on_the_step_and_more_runs_begin_with_those_of_fewer() -> (
+    None
+):
+    latents = initial_latents(SHAPE, 3, 1.0)
+    two, other, four = (
+        np.array([*moved_apart(latents, *given)]) for given in ((3, 2), (4, 2), (3, 4))
+    )
+    np.testing.assert_array_equal(four[:2], two)
+    assert not np.array_equal(other, two)
+    (alone,) = moved_apart(latents, 3, 1)
+    np.testing.assert_array_equal(alone, latents)
 
 
 WEIGHTS = np.full((STEPS, 3, 4), 0.75, np.float32)
