@@ -20,8 +20,9 @@ from apps.kept_pictures import KeptPictures
 from apps.pictures import check_writable
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
-from cq_edge.cache_schedule import CacheSchedule, paper_segment_bounds, plan_full_steps
+from cq_edge.cache_schedule import CacheSchedule, Mode, paper_segment_bounds, plan_full_steps
 from cq_edge.errors import UsageError
+from cq_edge.forecast_share import plan_shares
 from cq_edge.latency import DeviceProfile
 from cq_edge.metrics import finite_psnr_db, mean_interval, ssim
 from cq_edge.noise_scheduler import make_noise_scheduler
@@ -196,11 +197,17 @@ def _profiles(bundles: Sequence[Bundle], engines: Sequence[Engine]) -> list[Devi
 
 
 def _side(bundle: Bundle, engine: Engine, profile: DeviceProfile) -> Side:
+    noise_schedule = bundle.manifest.noise_schedule
+
     def make(steps: int, schedule: CacheSchedule, table: ReuseTable | None) -> Method:
-        return Method(bundle, engine, steps, schedule, table)
+        shares = None
+        if table is not None and table.forecast_share.any():  # it has the quantisation half
+            noise_scheduler = make_noise_scheduler(table.noise_scheduler, steps, noise_schedule)
+            shares = plan_shares(table, noise_scheduler, schedule)
+        return Method(bundle, engine, steps, schedule, table, shares=shares)
 
     tables = bundle.reuse_tables()
-    frontier = plan_frontier(tables, profile, 2, bundle.manifest.noise_schedule)
+    frontier = plan_frontier(tables, profile, 2, noise_schedule)
     return Side(bundle, profile, tables, frontier, make)
 
 
@@ -284,7 +291,8 @@ def _planned(side: Side, budget_ms: float) -> Plan:
 
 
 def _same(plan: Plan, side: Side) -> Plan:
-    """Returns the plan with the corrections of another side's graphs.
+    """Returns the plan with the corrections of another side's graphs, which need no step to run
+    several times.
 
     Raises:
         UsageError: The side was not calibrated for its noise scheduler and steps.
@@ -296,7 +304,8 @@ def _same(plan: Plan, side: Side) -> Plan:
             f"{side.bundle.folder} is not calibrated for {asked[0]} at {asked[1]} steps: build it "
             "with the same --also"
         )
-    return replace(plan, table=found[0])
+    once = tuple(Mode.FULL if mode.runs > 1 else mode for mode in plan.schedule.modes)
+    return replace(plan, table=found[0], schedule=CacheSchedule(once))
 
 
 def _papers(side: Side, budget_ms: float) -> CacheSchedule:

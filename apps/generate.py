@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -20,10 +20,16 @@ from apps.pictures import check_writable, output_paths, side_by_side, write_png
 from apps.plan_option import PLAN_HELP, choose_schedule
 from apps.whole_number import at_least
 from cq_edge.cache_schedule import CacheSchedule
-from cq_edge.errors import BundleError, UsageError
+from cq_edge.errors import BundleError, ScheduleError, UsageError
+from cq_edge.forecast_share import plan_shares
 from cq_edge.latency import DeviceProfile
-from cq_edge.noise_scheduler import NAMES, NoiseScheduler, make_noise_scheduler
-from cq_edge.planner import best_within_ms, plan_frontier
+from cq_edge.noise_scheduler import (
+    NAMES,
+    NoiseScheduleConfig,
+    NoiseScheduler,
+    make_noise_scheduler,
+)
+from cq_edge.planner import Plan, best_within_ms, plan_frontier
 from cq_edge.reuse_table import ReuseTable
 from runtime.bundle import Bundle, open_bundle
 from runtime.denoise import Context, Guidance, StepRecord, denoise
@@ -68,6 +74,7 @@ class _Recipe:
     guidance_scale: float
     negative_prompt: str
     choices: tuple[ReuseTable, ...] = ()  # of what a budget may be spent on
+    shares: NDArray[np.float32] | None = None  # of forecasts; None for the table's, if any
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +153,8 @@ def run(args: argparse.Namespace) -> int:
         given = (args.budget_ms, len(jobs), start, profile)
         recipe = _within_budget(engine, bundle, recipe, *given)
     guidance = _encode(engine, bundle, recipe, args.prompts)
-    done = [_make(engine, bundle, recipe, guidance[job.prompt], job) for job in jobs]
+    full = _every_step_full(recipe) if args.compare_full else recipe
+    done = [_make(engine, bundle, recipe, full, guidance[job.prompt], job) for job in jobs]
     total_ms = (perf_counter() - start) * 1e3
     _report(args, recipe, jobs, done, total_ms)
     return 0
@@ -224,7 +232,24 @@ def _recipe(bundle: Bundle, args: argparse.Namespace) -> _Recipe:
     schedule = choose_schedule(plan, len(noise_scheduler.timesteps), reuse_table)
     shallow = any(mode.is_shallow for mode in schedule.modes)
     table = reuse_table() if shallow or (name, steps) in bundle.calibrated() else None
-    return _Recipe(noise_scheduler, schedule, table, scale, args.negative_prompt)
+    return _with_shares(_Recipe(noise_scheduler, schedule, table, scale, args.negative_prompt))
+
+
+def _with_shares(recipe: _Recipe) -> _Recipe:
+    """Returns the recipe with the shares of forecasts that are best for its plan; without a table,
+    or where the plan goes beyond what was measured, as it is."""
+    if recipe.reuse_table is None:
+        return recipe
+    try:
+        shares = plan_shares(recipe.reuse_table, recipe.noise_scheduler, recipe.cache_schedule)
+    except ScheduleError:
+        return recipe
+    return replace(recipe, shares=shares)
+
+
+def _every_step_full(recipe: _Recipe) -> _Recipe:
+    full = CacheSchedule.all_full(len(recipe.cache_schedule))
+    return _with_shares(replace(recipe, cache_schedule=full))
 
 
 def _within_budget(
@@ -244,22 +269,35 @@ def _within_budget(
     noise_schedule = bundle.manifest.noise_schedule
     frontier = plan_frontier(recipe.choices, profile, branches, noise_schedule)
     spent_ms = (perf_counter() - start) * 1e3
+    _planned(recipe, frontier, budget_ms, spent_ms / pictures, noise_schedule)
+    spent_ms += 2 * ((perf_counter() - start) * 1e3 - spent_ms)  # and as long for the plan that is
+    return _planned(recipe, frontier, budget_ms, spent_ms / pictures, noise_schedule)
+
+
+def _planned(
+    recipe: _Recipe,
+    frontier: Sequence[Plan],
+    budget_ms: float,
+    spent_ms: float,
+    noise_schedule: NoiseScheduleConfig,
+) -> _Recipe:
+    """Returns the recipe with the best plan for what is left of a picture's budget."""
     try:
-        plan = best_within_ms(frontier, budget_ms - spent_ms / pictures)
+        plan = best_within_ms(frontier, budget_ms - spent_ms)
     except UsageError as error:
         raise UsageError(
             f"--budget-ms is {budget_ms:.0f}, of which loading and measuring took "
-            f"{spent_ms / pictures:.0f} a picture, and {error}"
+            f"{spent_ms:.0f} a picture, and {error}"
         ) from error
-    noise_scheduler = make_noise_scheduler(
-        plan.table.noise_scheduler, plan.table.steps, noise_schedule
-    )
-    return replace(
+    table = plan.table
+    noise_scheduler = make_noise_scheduler(table.noise_scheduler, table.steps, noise_schedule)
+    planned = replace(
         recipe,
         noise_scheduler=noise_scheduler,
         cache_schedule=plan.schedule,
-        reuse_table=plan.table,
+        reuse_table=table,
     )
+    return _with_shares(planned)
 
 
 def _jobs(args: argparse.Namespace) -> list[_Job]:
@@ -299,8 +337,10 @@ def _encode(
     return guidance
 
 
-def _make(engine: Engine, bundle: Bundle, recipe: _Recipe, guidance: Guidance, job: _Job) -> _Done:
-    """Makes and writes one picture, and the comparison if it is asked for."""
+def _make(
+    engine: Engine, bundle: Bundle, recipe: _Recipe, full: _Recipe, guidance: Guidance, job: _Job
+) -> _Done:
+    """Makes and writes one picture, and beside it that of another recipe if it is asked for."""
     for graph in _graphs(recipe):
         engine.load(graph)
     if job.beside_path is not None:
@@ -309,8 +349,6 @@ def _make(engine: Engine, bundle: Bundle, recipe: _Recipe, guidance: Guidance, j
             pass
     loops = [_denoised(engine, bundle, recipe, guidance, job.seed, job.path.stem)]
     if job.beside_path is not None:
-        total_steps = len(recipe.cache_schedule.modes)
-        full = replace(recipe, cache_schedule=CacheSchedule.all_full(total_steps))
         title = f"{job.path.stem}, every step full"
         loops.append(_denoised(engine, bundle, full, guidance, job.seed, title))
     # at 512×512 the decoder needs as much memory as the denoiser: never both
@@ -339,8 +377,8 @@ def _loop(
     shape = (size.channels, size.height, size.width)
     noise = noises(shape, seed)
     latents = next(noise) * np.float32(noise_scheduler.init_noise_sigma)
-    schedule, table = recipe.cache_schedule, recipe.reuse_table
-    return denoise(engine, noise_scheduler, schedule, latents, guidance, table, noise)
+    given = (latents, guidance, recipe.reuse_table, noise, recipe.shares)
+    return denoise(engine, noise_scheduler, recipe.cache_schedule, *given)
 
 
 def _denoised(

@@ -81,4 +81,6 @@ def _name(method: Method) -> str:
     if method.table is not None:
         for column in RUN_COLUMNS:
             digest.update(np.asarray(getattr(method.table, column)).tobytes())
+    if method.shares is not None:
+        digest.update(method.shares.tobytes())
     return digest.hexdigest()[:16]

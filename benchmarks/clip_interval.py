@@ -32,6 +32,7 @@ from apps.evaluate import SCENES_SEED, require_same_model
 from apps.model_options import DEMO_NAME
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import UsageError
+from cq_edge.forecast_share import plan_shares
 from cq_edge.metrics import finite_psnr_db, mean_interval
 from cq_edge.model.graphs import DecodeGraph
 from cq_edge.model.load import load_pipeline
@@ -169,7 +170,9 @@ class _Process:
         name, steps = plan["noise_scheduler"], plan["steps"]
         table = bundle.reuse_table(name, steps)
         schedule = CacheSchedule.from_string(plan["modes"])
-        self._ours = Method(bundle, engine_for(bundle, 1), steps, schedule, table, name)
+        noise_scheduler = make_noise_scheduler(name, steps, bundle.manifest.noise_schedule)
+        shares = plan_shares(table, noise_scheduler, schedule)
+        self._ours = Method(bundle, engine_for(bundle, 1), steps, schedule, table, name, shares)
         self._float32 = None if reference is None else _every_step_full(open_bundle(reference))
         self._exported, self._scorer = exported, Scorer.load()
 

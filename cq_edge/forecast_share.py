@@ -1,13 +1,16 @@
-"""How much of a full step's noise prediction is better forecast than computed: what the noise of
+"""How much of a step's noise prediction is better forecast than computed: what the noise of
 quantised layers is averaged away by.
 
-What a full step's graph errs by is noise that is new, or much of it, and what its forecast errs by
-is that of the steps before. The mean of both has less noise, and what is left of it is more like
-that of its neighbours, which a multistep noise scheduler weighs with changing signs. So a share is
-worth what it does to the final latents, not to its own step; and that depends on what the steps
-around it do. A share belongs to how far back the last full step is before the one that was computed
-last: each is chosen in loops in which every full step is like that.
+What a step's graph errs by is noise that is new, or much of it, and what its forecast errs by is
+that of the steps before. The mean of both has less noise, and what is left of it is more like that
+of its neighbours, which a multistep noise scheduler weighs with changing signs. So a share is worth
+what it does to the final latents, not to its own step; and that depends on what the steps around it
+do. The shares of a plan that is to run are chosen for it. A table's are for plans that are
+compared: of full steps, by how far back the last full step is before the one that was computed
+last, each chosen in loops in which every full step is like that.
 """
+
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +20,12 @@ from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.plan_error import LAST, forecast_errors, noise_powers
 from cq_edge.reuse_table import ReuseTable
 
-_WORTH = 4.0
+_WORTH, _WORTH_IN_PLAN = 4.0, 2.0
 """By how much more what a forecast errs by reuse counts here than in a plan's prediction, as a
 power; what of it goes on as noise does counts as there. Forecasts of steps in a row lag behind in
-one direction, and shares that the prediction alone would choose are too large: from 1 to 14, those
-from 3 to 6 were the best for plans of the demo model."""
+one direction, and shares that the prediction alone would choose are too large: for a table's, from
+1 to 14, those from 3 to 6 were the best for plans of the demo model, and of 1, 2 and 4 for a plan's
+own."""
 _SWEEPS = 3
 """How often all shares are chosen anew, each for the others; five leave them within a hundredth."""
 
@@ -42,10 +46,35 @@ def forecast_share(table: ReuseTable, noise_scheduler: NoiseScheduler) -> NDArra
     places = [(gap, first) for gap in range(gaps) for first in range(gap + 1)]
     loops = [_loop(total, *place) for place in places]
     found = np.zeros((total, gaps), np.float32)
-    for (gap, first), shares in zip(places, _least(table, noise_scheduler, loops), strict=True):
+    full = np.array([[mode.is_full for mode in loop.modes] for loop in loops])
+    least = _least(table, noise_scheduler, loops, full, _WORTH)
+    for (gap, first), shares in zip(places, least, strict=True):
         for anchor in range(first, total - gap - 1, gap + 1):
             found[anchor, gap] = shares[anchor + gap + 1]
     return found
+
+
+def plan_shares(
+    table: ReuseTable, noise_scheduler: NoiseScheduler, schedule: CacheSchedule
+) -> NDArray[np.float32]:
+    """Returns (T,), 0 to 1, how much of each step's noise prediction is to be forecast: of steps
+    that run a graph after one that did, shallow ones too, with which the plan is predicted to err
+    least, had what forecasts err by its worth. A few tenths of a second for 51 steps.
+
+    Args:
+        table: Says what quantisation and reuse err by; its own shares are not looked at.
+        noise_scheduler: That of the table.
+        schedule: Of its T steps.
+
+    Raises:
+        ScheduleError: The noise scheduler is not that of the table, or the schedule has a step that
+            was not measured or another length.
+    """
+    table.reuse_errors().parts(schedule)  # all of it was measured
+    runs = [mode is not Mode.SKIP for mode in schedule.modes]
+    may = np.array([[False, *(one and other for one, other in pairwise(runs))]])
+    least = _least(table, noise_scheduler, [schedule], may, _WORTH_IN_PLAN)
+    return np.asarray(least[0], np.float32)
 
 
 def _loop(total: int, gap: int, first: int) -> CacheSchedule:
@@ -55,17 +84,21 @@ def _loop(total: int, gap: int, first: int) -> CacheSchedule:
 
 
 def _least(
-    table: ReuseTable, noise_scheduler: NoiseScheduler, loops: list[CacheSchedule]
+    table: ReuseTable,
+    noise_scheduler: NoiseScheduler,
+    loops: list[CacheSchedule],
+    may: NDArray[np.bool_],
+    worth: float,
 ) -> NDArray[np.float64]:
-    """Returns (P, T) shares of P loops' full steps, each of least error with the others as they
-    are, the last of a loop first."""
+    """Returns (P, T) shares of P loops' steps that (P, T) `may` have one, each of least error with
+    the others as they are, the last of a loop first."""
     total = len(table.timesteps)
-    full = np.array([[mode.is_full for mode in loop.modes] for loop in loops])
+    shares = np.zeros(may.shape)
     if table.skip.shape[1] == 1:  # no forecast was measured
-        return np.zeros(full.shape)
-    reuse = _WORTH * np.square([forecast_errors(table, loop) for loop in loops])
-    shares = np.zeros(full.shape)
-    for step in _SWEEPS * [*reversed(range(max(1, total - LAST), total))]:
+        return shares
+    reuse = worth * np.square([forecast_errors(table, loop) for loop in loops])
+    followed = [step for step in range(max(1, total - LAST), total) if may[:, step].any()]
+    for step in _SWEEPS * followed[::-1]:
         tried = np.repeat(shares[None], 3, axis=0)
         tried[:, :, step] = np.array([0.0, 0.5, 1.0])[:, None]
         none, half, whole = noise_powers(
@@ -75,5 +108,5 @@ def _least(
         linear = whole - none - square
         square = square + reuse[:, step]
         share = np.divide(-linear, 2 * square, out=np.zeros(len(loops)), where=square > 0)
-        shares[:, step] = np.where(full[:, step], share.clip(0, 1), 0)
+        shares[:, step] = np.where(may[:, step], share.clip(0, 1), 0)
     return shares

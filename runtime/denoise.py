@@ -86,15 +86,16 @@ def denoise(
     guidance: Guidance,
     reuse_table: ReuseTable | None = None,
     noise: Iterator[FloatArray] | None = None,
+    shares: FloatArray | None = None,
 ) -> Iterator[StepRecord]:
     """Checks that its arguments fit each other, then runs one step each time it is asked.
 
-    A full step runs `denoise` and keeps its cached feature, and where it follows a computed step,
-    takes a share of its noise prediction from the forecast; run several times, it takes the mean of
+    A full step runs `denoise` and keeps its cached feature; run several times, it takes the mean of
     latents moved apart; a shallow step runs
     `denoise_shallow` on the forecast of that feature, corrected; a skip step runs no graph and
     takes the forecast of the guided noise prediction; an unguided step runs its graph for the
-    prompt alone and takes the forecast of what the negative prompt changes.
+    prompt alone and takes the forecast of what the negative prompt changes. A step that runs a
+    graph may take a share of its noise prediction from the forecast, too.
 
     Args:
         engine: Runs `denoise` and `denoise_shallow`.
@@ -106,19 +107,25 @@ def denoise(
             follow their line, and their shares in full steps, which have none without it.
         noise: Standard normal noise of the latents' shape, as often as it is asked for; only
             noise schedulers with `fresh_noise` ask.
+        shares: (T,), 0 to 1: how much of each step's noise prediction is the forecast's; 0 at the
+            first. Without them the table's, of full steps that follow a computed one.
 
     Returns:
         An iterator of T records. Stopping early is allowed and leaves nothing behind.
 
     Raises:
         ScheduleError: The schedule's length is not T, its shallow steps have no corrections, or
-            there is no noise where it is needed.
+            there is no noise where it is needed, or the shares are not (T,).
     """
-    _check_fit(noise_scheduler, cache_schedule, reuse_table)
+    _check_fit(noise_scheduler, cache_schedule, reuse_table, shares)
     if any(noise_scheduler.fresh_noise) and noise is None:
         raise ScheduleError(f"{noise_scheduler.name} adds noise after its steps: give it some")
     corrections = _corrections(cache_schedule, reuse_table)
-    denoiser = _Denoiser(engine, guidance, cache_schedule, reuse_table)
+    if shares is None:
+        shares = np.zeros(len(cache_schedule), np.float32)
+        if reuse_table is not None:
+            shares = reuse_table.shares_in(cache_schedule)
+    denoiser = _Denoiser(engine, guidance, shares, reuse_table)
     fresh = iter(()) if noise is None else noise
     return _steps(denoiser, noise_scheduler, cache_schedule, latents, corrections, fresh)
 
@@ -157,15 +164,14 @@ class _Denoiser:
         self,
         engine: Engine,
         guidance: Guidance,
-        cache_schedule: CacheSchedule,
+        shares: FloatArray,
         reuse_table: ReuseTable | None,
     ) -> None:
         self._engine = engine
         self._guidance = guidance
         self._weights: dict[str, Weights] = {}
-        self._shares = np.zeros(len(cache_schedule), np.float32)
+        self._shares = shares
         if reuse_table is not None:
-            self._shares = reuse_table.shares_in(cache_schedule)
             self._weights = {
                 "feature": reuse_table.feature_weight,
                 "skip": reuse_table.skip_weight,
@@ -275,7 +281,10 @@ def _mean(found: list[FloatArray]) -> FloatArray:
 
 
 def _check_fit(
-    noise_scheduler: NoiseScheduler, cache_schedule: CacheSchedule, reuse_table: ReuseTable | None
+    noise_scheduler: NoiseScheduler,
+    cache_schedule: CacheSchedule,
+    reuse_table: ReuseTable | None,
+    shares: FloatArray | None,
 ) -> None:
     expected, found = len(noise_scheduler.timesteps), len(cache_schedule.modes)
     asked = f"{noise_scheduler.name} at {noise_scheduler.steps} steps"
@@ -286,6 +295,11 @@ def _check_fit(
         )
     if reuse_table is not None:
         reuse_table.require_for(noise_scheduler)
+    if shares is not None and (shares.shape != (expected,) or shares[0]):
+        raise ScheduleError(
+            f"the shares of forecasts are of shape {shares.shape}, the first {shares.flat[0]}: "
+            f"they must be ({expected},), the first 0"
+        )
 
 
 def _corrections(

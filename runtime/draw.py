@@ -32,6 +32,7 @@ class Method:
         schedule: The mode of each step of the loop.
         table: The corrections, which shallow steps need; None runs full steps wholly computed.
         noise_scheduler: Its name; None for the bundle's own.
+        shares: (T,) of forecasts in steps that run a graph; None for the table's.
     """
 
     bundle: Bundle
@@ -40,6 +41,7 @@ class Method:
     schedule: CacheSchedule
     table: ReuseTable | None
     noise_scheduler: str | None = None
+    shares: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,9 +70,8 @@ def draw(method: Method, prompt: str, seed: int) -> Drawn:
     noise = noises((size.channels, size.height, size.width), seed)
     latents = next(noise) * np.float32(noise_scheduler.init_noise_sigma)
     loop_ms = 0.0
-    for record in denoise(
-        engine, noise_scheduler, method.schedule, latents, guidance, method.table, noise
-    ):
+    given = (method.schedule, latents, guidance, method.table, noise, method.shares)
+    for record in denoise(engine, noise_scheduler, *given):
         loop_ms, latents = loop_ms + record.elapsed_ms, record.latents
     picture = decode_latents(engine, latents)
     return Drawn(latents, picture, loop_ms, (perf_counter() - start) * 1e3)

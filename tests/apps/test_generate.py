@@ -9,6 +9,7 @@ from PIL import Image
 from apps.engines import ENGINES
 from apps.pictures import output_paths, write_png
 from cq_edge.errors import CQEdgeError
+from cq_edge.forecast_share import plan_shares
 from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 from cq_edge.planner import best_with_full_steps, best_within_ms, plan_frontier
@@ -48,7 +49,8 @@ def test_a_prompt_becomes_the_picture_that_the_runtime_makes_of_it(
     schedule = best_with_full_steps(table.reuse_errors(), 4)
     latents = initial_latents((4, SIDE, SIDE), 7, 1.0)
     given = Guidance(prompt, negative, 5.0)
-    *_, last = denoise(engine, scheduler, schedule, latents, given, table)
+    shares = plan_shares(table, scheduler, schedule)
+    *_, last = denoise(engine, scheduler, schedule, latents, given, table, shares=shares)
     expected = decode_latents(engine, last.latents)
     assert np.array_equal(np.asarray(Image.open("a-red-star-on-blue.png")), expected)
 
