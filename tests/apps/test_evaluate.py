@@ -2,17 +2,20 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from apps.cli import main
 from apps.evaluate import _TIMED_CAPTIONS as TIMED
+from apps.evaluate import _same
 from apps.kept_pictures import KeptPictures
 from cq_edge.cache_schedule import CacheSchedule
+from cq_edge.forecast_share import plan_shares
 from cq_edge.latency import DeviceProfile
-from cq_edge.noise_scheduler import NoiseScheduleConfig
-from cq_edge.planner import best_within_loop_ms, plan_frontier
+from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
+from cq_edge.planner import Plan, best_within_loop_ms, plan_frontier
 from runtime.bundle import open_bundle
 from runtime.draw import Method, draw
 from tests.tiny_bundle import reuse_table, write_bundle
@@ -51,14 +54,11 @@ def test_every_way_is_compared_with_float32(evaluate):
     rows = {row["name"]: row for row in report["variants"]}
     assert list(rows) == NAMES
     assert [line[:24].strip() for line in out.splitlines()[1 : 1 + len(NAMES)]] == NAMES
-    # the fake graphs of both bundles are the same: alone, quantisation changes nothing
-    for name in ("float32", "quantised only"):
+    # the fake graphs of both bundles are the same: quantisation alone changes nothing
+    for name in ("float32", "quantised only", "quantised, corrected"):
         assert rows[name]["clip_delta"] == 0
         assert rows[name]["ssim"] == pytest.approx(1)
         assert rows[name]["plan"]["full"] == 10
-    shared = rows["quantised, corrected"]  # the table has full steps take a share of forecasts
-    assert shared["plan"]["full"] == 10
-    assert shared["psnr_db"] < rows["float32"]["psnr_db"]
     assert rows["float32"]["loop_speedup"] == 1
     assert rows["ours"]["psnr_db"] < rows["float32"]["psnr_db"]
     frontier = plan_frontier([reuse_table()], profile, 2, NoiseScheduleConfig())
@@ -81,6 +81,37 @@ def test_every_way_is_compared_with_float32(evaluate):
     assert f"x: {least:+.2f} dB (" in out.splitlines()[-1]
     assert "src=" in page
     assert "http" not in page
+
+
+def test_ours_and_the_papers_schedule_have_the_shares_of_their_plan_and_other_halves_none(
+    evaluate, monkeypatch
+):
+    call, _ = evaluate
+    drawn = {}
+
+    def watched(method, caption, seed):
+        drawn[method.schedule, method.table is None or method.table.forecast_share.any()] = method
+        return draw(method, caption, seed)
+
+    monkeypatch.setattr("apps.evaluate.draw", watched)
+    code, *_ = call("--captions", "2", "--frontier-captions", "0", "--speedup", "2")
+    assert code == 0
+    given = 0
+    for method in drawn.values():
+        if method.table is None or not method.table.forecast_share.any():
+            assert method.shares is None
+            continue
+        noise_scheduler = make_noise_scheduler("ddim", 10, NoiseScheduleConfig())
+        expected = plan_shares(method.table, noise_scheduler, method.schedule)
+        np.testing.assert_array_equal(method.shares, expected)
+        given += 1
+    assert given >= 3
+
+
+def test_float32_runs_no_step_several_times(home):
+    side = SimpleNamespace(tables=[reuse_table()], bundle=SimpleNamespace(folder=home))
+    plan = Plan(CacheSchedule.from_string("FSDKQfsFFF"), reuse_table(), 0.0, 0.0, 1.0)
+    assert _same(plan, side).schedule.to_string() == "FSFKFfsFFF"
 
 
 def test_other_prompts_have_no_attributes(evaluate):
@@ -181,6 +212,7 @@ def test_pictures_that_follow_from_something_else_are_not_taken(home):
         {"table": replace(table, skip_weight=0.5 * table.skip_weight)},
         {"table": replace(table, forecast_share=np.float32(0.5) * table.forecast_share)},
         {"schedule": CacheSchedule.uniform(10, 2)},
+        {"shares": np.zeros(10, np.float32)},
         {"noise_scheduler": "dpmsolver++"},
         {"steps": 9},
     ):

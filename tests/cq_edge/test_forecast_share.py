@@ -3,11 +3,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cq_edge.cache_schedule import CacheSchedule
+from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.errors import ScheduleError
-from cq_edge.forecast_share import forecast_share
+from cq_edge.forecast_share import forecast_share, plan_shares
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
-from cq_edge.plan_error import forecast_errors, plan_errors
+from cq_edge.plan_error import forecast_errors, noise_powers, plan_errors
 from cq_edge.reuse_table import ReuseTable
 
 STEPS, GAPS = 10, 3
@@ -122,3 +122,63 @@ def test_a_loop_of_one_step_has_none():
 def test_a_noise_scheduler_of_other_steps_is_refused():
     with pytest.raises(ScheduleError, match=r"^the reuse table was measured on pndm at 10"):
         forecast_share(table(scheduler()), scheduler("pndm", 9))
+
+
+def error_with(given, noise_scheduler, plan, shares):
+    """What a plan is predicted to err by that depends on its shares, of which forecasts count
+    twice."""
+    (noise,) = noise_powers(given, noise_scheduler, [plan], [shares])
+    return noise + 2 * np.square(shares * forecast_errors(given, plan)).sum()
+
+
+@pytest.mark.parametrize("name", ["pndm", "ddim", "dpmsolver++"])
+@pytest.mark.parametrize("modes", ["FFSFSSFFFFF", "FSKFFfsFSFD", "FKFKFSFSFSS"])
+def test_no_other_share_of_a_step_has_its_plan_err_less(name, modes):
+    given, noise_scheduler = table(scheduler(name), reused=0.03), scheduler(name)
+    total = len(given.timesteps)
+    plan = CacheSchedule.from_string(modes[:total])
+    found, changed = plan_shares(given, noise_scheduler, plan), 0
+    least = error_with(given, noise_scheduler, plan, found)
+    assert found.dtype == np.float32
+    assert ((found >= 0) & (found <= 1)).all()
+    for step in range(total):
+        if step == 0 or Mode.SKIP in plan.modes[step - 1 : step + 1]:
+            assert found[step] == 0
+            continue
+        for share in np.linspace(0, 1, 21):
+            shares = found.copy()
+            shares[step] = share
+            other = error_with(given, noise_scheduler, plan, shares)
+            assert other > 0.998 * least
+            changed += other > 1.01 * least
+    assert changed
+
+
+def test_shallow_steps_have_shares_in_a_plan():
+    given, plan = table(scheduler()), CacheSchedule.from_string("FSSFSSFSSFF")
+    found = plan_shares(given, scheduler(), plan)
+    assert (found[[7, 8]] > 0.05).all()
+    assert (given.shares_in(plan)[[7, 8]] == 0).all()
+
+
+def test_the_plans_shares_are_better_for_it_than_the_tables():
+    given = with_shares(table(scheduler(), reused=0.03), scheduler())
+    for modes in ("FFSFSSFFFFF", "FSKFFfsFSFF", "FSFSFSFSFSS"):
+        plan = CacheSchedule.from_string(modes)
+        shares = plan_shares(given, scheduler(), plan)
+        own, tables = (
+            error_with(given, scheduler(), plan, s) for s in (shares, given.shares_in(plan))
+        )
+        assert own < 0.999 * tables
+
+
+@pytest.mark.parametrize(
+    ("modes", "message"),
+    [
+        ("FSSSFFFFFFF", "^step 3 of FSSSFFFFFFF is shallow"),
+        ("FSF", "^the schedule has 3 steps and the errors are of 11"),
+    ],
+)
+def test_shares_of_a_plan_that_was_not_measured_are_refused(modes, message):
+    with pytest.raises(ScheduleError, match=message):
+        plan_shares(table(scheduler()), scheduler(), CacheSchedule.from_string(modes))

@@ -398,6 +398,36 @@ def test_shallow_steps_without_a_table_are_refused() -> None:
     )
 
 
+def test_shares_that_are_given_are_those_of_every_step_that_runs_a_graph() -> None:
+    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
+    start, schedule = initial_latents(SHAPE, 3, 1.0), CacheSchedule.from_string("FSFf" + "F" * 6)
+    given = (scheduler, schedule, start, guidance(), reuse_table())
+    shares = np.zeros(STEPS, np.float32)
+    none = list(denoise(FakeEngine(), *given, shares=shares))
+    for step in (1, 2, 3):
+        shares = np.zeros(STEPS, np.float32)
+        shares[step] = 0.5
+        found = predictions(list(denoise(FakeEngine(), *given, shares=shares)))
+        alone, line = predictions(none), Forecast()
+        for before in range(step):
+            assert np.array_equal(found[before], alone[before])
+            line = line.after(before, alone[before], in_part=before == 1)
+        expected = 0.5 * alone[step] + 0.5 * line.at(step, reuse_table().skip_weight)
+        np.testing.assert_allclose(found[step], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shares", [np.zeros(STEPS - 1), np.full(STEPS, 0.5)])
+def test_shares_of_other_steps_and_of_the_first_are_refused(shares: NDArray[Any]) -> None:
+    scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
+    schedule, latents = CacheSchedule.all_full(STEPS), initial_latents(SHAPE, 3, 1.0)
+    with pytest.raises(ScheduleError) as caught:
+        denoise(FakeEngine(), scheduler, schedule, latents, guidance(), shares=shares)
+    assert str(caught.value) == (
+        f"the shares of forecasts are of shape {shares.shape}, the first {shares[0]}: "
+        "they must be (10,), the first 0"
+    )
+
+
 def test_a_gap_beyond_the_table_is_refused() -> None:
     assert MAX_GAP == 3
     with pytest.raises(ScheduleError) as caught:
