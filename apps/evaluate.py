@@ -22,7 +22,6 @@ from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
 from cq_edge.cache_schedule import CacheSchedule, Mode, paper_segment_bounds, plan_full_steps
 from cq_edge.errors import UsageError
-from cq_edge.forecast_share import plan_shares
 from cq_edge.latency import DeviceProfile
 from cq_edge.metrics import finite_psnr_db, mean_interval, ssim
 from cq_edge.noise_scheduler import make_noise_scheduler
@@ -30,7 +29,7 @@ from cq_edge.planner import Plan, best_within_loop_ms, plan_frontier
 from cq_edge.reuse_table import ReuseTable
 from cq_edge.scenes import Scene, scenes
 from runtime.bundle import Bundle, open_bundle
-from runtime.draw import Drawn, Method, draw
+from runtime.draw import Drawn, Method, draw, planned
 from runtime.engine import Engine
 from runtime.measure import measure_graphs
 
@@ -197,17 +196,13 @@ def _profiles(bundles: Sequence[Bundle], engines: Sequence[Engine]) -> list[Devi
 
 
 def _side(bundle: Bundle, engine: Engine, profile: DeviceProfile) -> Side:
-    noise_schedule = bundle.manifest.noise_schedule
-
     def make(steps: int, schedule: CacheSchedule, table: ReuseTable | None) -> Method:
-        shares = None
         if table is not None and table.forecast_share.any():  # it has the quantisation half
-            noise_scheduler = make_noise_scheduler(table.noise_scheduler, steps, noise_schedule)
-            shares = plan_shares(table, noise_scheduler, schedule)
-        return Method(bundle, engine, steps, schedule, table, shares=shares)
+            return planned(bundle, engine, table, schedule)
+        return Method(bundle, engine, steps, schedule, table)
 
     tables = bundle.reuse_tables()
-    frontier = plan_frontier(tables, profile, 2, noise_schedule)
+    frontier = plan_frontier(tables, profile, 2, bundle.manifest.noise_schedule)
     return Side(bundle, profile, tables, frontier, make)
 
 
@@ -244,7 +239,8 @@ def _captions(args: argparse.Namespace) -> tuple[list[str], list[Scene] | None]:
 def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
     """Returns every way in the order of the table; the first is what all are compared with.
 
-    All but the first three are planned for the same time of the loop.
+    All but the first three are planned for the same time of the loop; `cached only` is the plan of
+    ours, no step run several times.
     """
     steps, table = ours.table.steps, ours.table
     budget_ms = reference.loop_ms(reference.full) / speedup

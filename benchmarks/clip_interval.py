@@ -32,7 +32,6 @@ from apps.evaluate import SCENES_SEED, require_same_model
 from apps.model_options import DEMO_NAME
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import UsageError
-from cq_edge.forecast_share import plan_shares
 from cq_edge.metrics import finite_psnr_db, mean_interval
 from cq_edge.model.graphs import DecodeGraph
 from cq_edge.model.load import load_pipeline
@@ -41,7 +40,7 @@ from cq_edge.noise_scheduler import make_noise_scheduler
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
 from runtime.conditions import library
-from runtime.draw import Method, draw
+from runtime.draw import Method, draw, planned
 from runtime.generate import initial_latents
 
 _CHUNK = 32
@@ -170,9 +169,7 @@ class _Process:
         name, steps = plan["noise_scheduler"], plan["steps"]
         table = bundle.reuse_table(name, steps)
         schedule = CacheSchedule.from_string(plan["modes"])
-        noise_scheduler = make_noise_scheduler(name, steps, bundle.manifest.noise_schedule)
-        shares = plan_shares(table, noise_scheduler, schedule)
-        self._ours = Method(bundle, engine_for(bundle, 1), steps, schedule, table, name, shares)
+        self._ours = planned(bundle, engine_for(bundle, 1), table, schedule)
         self._float32 = None if reference is None else _every_step_full(open_bundle(reference))
         self._exported, self._scorer = exported, Scorer.load()
 

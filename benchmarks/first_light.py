@@ -22,7 +22,7 @@ from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.metrics import psnr_db
 from runtime.bundle import Bundle, open_bundle
 from runtime.conditions import processor
-from runtime.draw import Method, draw
+from runtime.draw import Method, draw, planned
 from runtime.executorch_engine import ExecuTorchEngine
 from tools.demo import PROMPTS
 
@@ -87,7 +87,7 @@ def _contenders(work: Path, threads: int) -> list[Contender]:
     table = int8.reuse_table(defaults.noise_scheduler, defaults.steps)
     total = len(table.timesteps)
     full = CacheSchedule.all_full(total)
-    planned = choose_schedule(f"full-steps:{defaults.full_steps}", total, lambda: table)
+    schedule = choose_schedule(f"full-steps:{defaults.full_steps}", total, lambda: table)
     slow, fast = ExecuTorchEngine(float32, threads), ExecuTorchEngine(int8, threads)
     steps = defaults.steps
     return [
@@ -95,7 +95,7 @@ def _contenders(work: Path, threads: int) -> list[Contender]:
         Contender("int8, every step full", Method(int8, fast, steps, full, None)),
         Contender(
             f"int8, {defaults.full_steps} of {total} steps full",
-            Method(int8, fast, steps, planned, table),
+            planned(int8, fast, table, schedule),
         ),
     ]
 

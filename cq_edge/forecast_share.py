@@ -24,10 +24,13 @@ _WORTH, _WORTH_IN_PLAN = 4.0, 2.0
 """By how much more what a forecast errs by reuse counts here than in a plan's prediction, as a
 power; what of it goes on as noise does counts as there. Forecasts of steps in a row lag behind in
 one direction, and shares that the prediction alone would choose are too large: for a table's, from
-1 to 14, those from 3 to 6 were the best for plans of the demo model, and of 1, 2 and 4 for a plan's
-own."""
-_SWEEPS = 3
-"""How often all shares are chosen anew, each for the others; five leave them within a hundredth."""
+1 to 14, those from 3 to 6 were the best for plans of the demo model, for a plan's own, of 1, 2 and
+4, it was 2."""
+_SWEEPS, _SWEEPS_IN_PLAN = 3, 2
+"""How often all shares are chosen anew, each for the others: in a plan's, which somebody waits for,
+a third sweep was worth 0.3 % of the error at most."""
+_PARTS = 256
+"""A plan's shares are whole parts of so many, so that they are the same on every machine."""
 
 
 def forecast_share(table: ReuseTable, noise_scheduler: NoiseScheduler) -> NDArray[np.float32]:
@@ -47,7 +50,7 @@ def forecast_share(table: ReuseTable, noise_scheduler: NoiseScheduler) -> NDArra
     loops = [_loop(total, *place) for place in places]
     found = np.zeros((total, gaps), np.float32)
     full = np.array([[mode.is_full for mode in loop.modes] for loop in loops])
-    least = _least(table, noise_scheduler, loops, full, _WORTH)
+    least = _least(table, noise_scheduler, loops, full, _WORTH, _SWEEPS)
     for (gap, first), shares in zip(places, least, strict=True):
         for anchor in range(first, total - gap - 1, gap + 1):
             found[anchor, gap] = shares[anchor + gap + 1]
@@ -59,7 +62,7 @@ def plan_shares(
 ) -> NDArray[np.float32]:
     """Returns (T,), 0 to 1, how much of each step's noise prediction is to be forecast: of steps
     that run a graph after one that did, shallow ones too, with which the plan is predicted to err
-    least, had what forecasts err by its worth. A few tenths of a second for 51 steps.
+    least, had what forecasts err by its worth. A tenth of a second to four for 51 steps.
 
     Args:
         table: Says what quantisation and reuse err by; its own shares are not looked at.
@@ -73,8 +76,9 @@ def plan_shares(
     table.reuse_errors().parts(schedule)  # all of it was measured
     runs = [mode is not Mode.SKIP for mode in schedule.modes]
     may = np.array([[False, *(one and other for one, other in pairwise(runs))]])
-    least = _least(table, noise_scheduler, [schedule], may, _WORTH_IN_PLAN)
-    return np.asarray(least[0], np.float32)
+    given = (table, noise_scheduler, [schedule], may)
+    (shares,) = _least(*given, _WORTH_IN_PLAN, _SWEEPS_IN_PLAN)
+    return np.asarray((shares * _PARTS).round() / _PARTS, np.float32)
 
 
 def _loop(total: int, gap: int, first: int) -> CacheSchedule:
@@ -89,6 +93,7 @@ def _least(
     loops: list[CacheSchedule],
     may: NDArray[np.bool_],
     worth: float,
+    sweeps: int,
 ) -> NDArray[np.float64]:
     """Returns (P, T) shares of P loops' steps that (P, T) `may` have one, each of least error with
     the others as they are, the last of a loop first."""
@@ -98,7 +103,7 @@ def _least(
         return shares
     reuse = worth * np.square([forecast_errors(table, loop) for loop in loops])
     followed = [step for step in range(max(1, total - LAST), total) if may[:, step].any()]
-    for step in _SWEEPS * followed[::-1]:
+    for step in sweeps * followed[::-1]:
         tried = np.repeat(shares[None], 3, axis=0)
         tried[:, :, step] = np.array([0.0, 0.5, 1.0])[:, None]
         none, half, whole = noise_powers(

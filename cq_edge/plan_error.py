@@ -103,7 +103,7 @@ def noise_powers(
         table: Says what quantisation and reuse err by.
         noise_scheduler: That of the table.
         schedules: P of the table's T steps.
-        shares: (P, T) of forecasts in full steps; the table's, if there are none.
+        shares: (P, T) of forecasts in steps that run a graph; the table's, if there are none.
 
     Raises:
         ScheduleError: The noise scheduler is not that of the table.
@@ -165,7 +165,7 @@ class _Walk:
         schedules: Sequence[CacheSchedule],
         shares: NDArray[np.floating],
     ) -> None:
-        """Takes (P, T) `shares` of forecasts in full steps beside the table and the schedules."""
+        """Takes (P, T) `shares` of forecasts beside the table and the schedules."""
         self._table, self._noise_scheduler = table, noise_scheduler
         self._full = _where(schedules, lambda mode: mode.is_full)
         self._shallow = _where(schedules, lambda mode: mode.is_shallow)
@@ -183,7 +183,11 @@ class _Walk:
         """Returns (P,) the mean square of the noise in the final latents."""
         latents, history = self._nothing, ()
         for step in range(self._total):
-            prediction = self._predicted(step, latents)
+            prediction = self._nothing
+            if self._place(step) < 0:
+                self._computed(step, *4 * [self._nothing])
+            else:
+                prediction = self._predicted(step, latents)
             latents, history = self._noise_scheduler.advance(latents, prediction, step, history)
         kinds = latents.reshape(len(latents), _KINDS, -1) / SMALL
         steps = np.arange(kinds.shape[2])
@@ -198,7 +202,7 @@ class _Walk:
     def _predicted(self, step: int, latents: Noise) -> Noise:
         """Returns the noise in the guided noise prediction of a step."""
         table, scale = self._table, self._table.guidance_scale
-        full, skip, unguided = (x[:, step] for x in (self._full, self._skip, self._unguided))
+        full, unguided = self._full[:, step], self._unguided[:, step]
         seen = self._noise_scheduler.model_input(latents, step)
         answer = seen * noise_response(self._noise_scheduler, step)
         deep, near = self._sources(step)
@@ -216,17 +220,22 @@ class _Walk:
         share = self._forecast_share[:, step, None]
         computed = prompt + (scale - 1) * difference
         prediction: Noise = computed + share * (forecast - computed) + self._reused(step)
-        self._prompt.after(step, prompt_feature, full)
-        self._negative.after(step, negative_feature, both)
-        self._difference.after(step, difference, ~skip & ~unguided, ~full)
-        self._predictions.after(step, prediction, ~skip, ~full)
+        self._computed(step, prompt_feature, negative_feature, difference, prediction)
         return prediction
 
+    def _computed(
+        self, step: int, prompt: Noise, negative: Noise, difference: Noise, prediction: Noise
+    ) -> None:
+        """Takes the noise in both features, in what the prompts differ by and in the prediction."""
+        full, skip, unguided = (x[:, step] for x in (self._full, self._skip, self._unguided))
+        self._prompt.after(step, prompt, full)
+        self._negative.after(step, negative, full & ~unguided)
+        self._difference.after(step, difference, ~skip & ~unguided, ~full)
+        self._predictions.after(step, prediction, ~skip, ~full)
+
     def _sources(self, step: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Returns (2, S) each: what the deep and the shallow layers add, of both branches; (2, 1)
-        before the steps that are followed."""
-        if (place := self._place(step)) < 0:
-            return np.zeros((2, 1)), np.zeros((2, 1))
+        """Returns (2, S) each: what the deep and the shallow layers add, of both branches."""
+        place = self._place(step)
         sources = np.zeros((2, 2, _KINDS, self._followed))
         branch = self._table.own[step] * one_branch(self._table.guidance_scale)
         for part, share in enumerate((1 - _SHALLOW_NOISE, _SHALLOW_NOISE)):
@@ -238,8 +247,7 @@ class _Walk:
 
     def _reused(self, step: int) -> Noise:
         """Returns what reuse, and moving latents, add to the prediction of a step, of its own."""
-        if (place := self._place(step)) < 0:
-            return self._nothing
+        place = self._place(step)
         power = np.where(self._runs[:, step] > 1, MOVED, 0.0)
         table = self._table
         for errors, part, line, share in (

@@ -19,6 +19,10 @@ FEWEST_TO_REUSE = 5
 they change too much, and there is little to save."""
 
 
+_ROUNDING = 1e-9
+"""Sums of the same times in another order are as long as each other within this share."""
+
+
 def too_few_to_reuse(total_steps: int) -> str | None:
     """Returns why a loop of so many steps should run them all full, None if it should not."""
     if total_steps >= FEWEST_TO_REUSE:
@@ -78,7 +82,7 @@ def plan_frontier(
             plans.append(_priced(schedule, table, error, full_ms, profile, branches))
     frontier: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (plan.picture_ms, plan.error)):
-        if plan.speedup >= 1 and (not frontier or plan.error < frontier[-1].error):
+        if plan.speedup > 1 - _ROUNDING and (not frontier or plan.error < frontier[-1].error):
             frontier.append(plan)
     return tuple(frontier)
 
@@ -155,7 +159,7 @@ def with_better_end(
     """
     table, own_ms = plan.table, profile.loop_ms(plan.schedule, branches)
     full_ms = plan.speedup * own_ms
-    longest_ms = max(min(loop_ms, full_ms), own_ms)
+    longest_ms = max(min(loop_ms, full_ms), own_ms) * (1 + _ROUNDING)
     noise_scheduler = make_noise_scheduler(table.noise_scheduler, table.steps, noise_schedule)
 
     def fits(schedule: CacheSchedule) -> bool:

@@ -114,8 +114,8 @@ def denoise(
         An iterator of T records. Stopping early is allowed and leaves nothing behind.
 
     Raises:
-        ScheduleError: The schedule's length is not T, its shallow steps have no corrections, or
-            there is no noise where it is needed, or the shares are not (T,).
+        ScheduleError: The schedule's length is not T, its shallow steps have no corrections,
+            there is no noise where it is needed, or shares are not (T,), 0 to 1, the first 0.
     """
     _check_fit(noise_scheduler, cache_schedule, reuse_table, shares)
     if any(noise_scheduler.fresh_noise) and noise is None:
@@ -125,7 +125,7 @@ def denoise(
         shares = np.zeros(len(cache_schedule), np.float32)
         if reuse_table is not None:
             shares = reuse_table.shares_in(cache_schedule)
-    denoiser = _Denoiser(engine, guidance, shares, reuse_table)
+    denoiser = _Denoiser(engine, guidance, np.asarray(shares, np.float32), reuse_table)
     fresh = iter(()) if noise is None else noise
     return _steps(denoiser, noise_scheduler, cache_schedule, latents, corrections, fresh)
 
@@ -295,10 +295,12 @@ def _check_fit(
         )
     if reuse_table is not None:
         reuse_table.require_for(noise_scheduler)
-    if shares is not None and (shares.shape != (expected,) or shares[0]):
+    if shares is None:
+        return
+    if shares.shape != (expected,) or shares[0] or not ((shares >= 0) & (shares <= 1)).all():
         raise ScheduleError(
-            f"the shares of forecasts are of shape {shares.shape}, the first {shares.flat[0]}: "
-            f"they must be ({expected},), the first 0"
+            f"the shares of forecasts, of shape {shares.shape}, must be ({expected},), 0 to 1, the "
+            "first 0"
         )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cq_edge.cache_schedule import CacheSchedule
+from cq_edge.forecast_share import plan_shares
 from cq_edge.noise_scheduler import make_noise_scheduler
 from cq_edge.reuse_table import ReuseTable
 from runtime.bundle import Bundle
@@ -42,6 +43,24 @@ class Method:
     table: ReuseTable | None
     noise_scheduler: str | None = None
     shares: NDArray[np.float32] | None = None
+
+
+def planned(bundle: Bundle, engine: Engine, table: ReuseTable, schedule: CacheSchedule) -> Method:
+    """Returns how a plan is drawn: with the shares of forecasts that are best for it.
+
+    Args:
+        bundle: Gives graphs and noise schedule.
+        engine: Runs the bundle's graphs.
+        table: Of the noise scheduler and the steps, with the corrections.
+        schedule: Of its steps.
+
+    Raises:
+        ScheduleError: The schedule has another length or a step that was not measured.
+    """
+    name, steps = table.noise_scheduler, table.steps
+    noise_scheduler = make_noise_scheduler(name, steps, bundle.manifest.noise_schedule)
+    shares = plan_shares(table, noise_scheduler, schedule)
+    return Method(bundle, engine, steps, schedule, table, name, shares)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

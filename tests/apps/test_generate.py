@@ -1,15 +1,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from apps.engines import ENGINES
 from apps.pictures import output_paths, write_png
+from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import CQEdgeError
-from cq_edge.forecast_share import plan_shares
 from cq_edge.latency import DeviceProfile
 from cq_edge.noise_scheduler import NoiseScheduleConfig, make_noise_scheduler
 from cq_edge.planner import best_with_full_steps, best_within_ms, plan_frontier
@@ -35,6 +37,18 @@ def error_of(result: tuple[int, str, str]) -> str:
     return err.removeprefix("cq-edge: error: ").removesuffix("\n")
 
 
+def shares_by_mode(_table: object, _scheduler: object, schedule: CacheSchedule) -> NDArray[Any]:
+    """Stands for `plan_shares`, which has next to none for a table without noise."""
+    by_mode = [0.5 if mode.is_shallow else 0.125 for mode in schedule.modes]
+    return np.array([0.0, *by_mode[1:]], np.float32)
+
+
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apps.generate.plan_shares", shares_by_mode)
+
+
+@pytest.mark.usefixtures("shares")
 def test_a_prompt_becomes_the_picture_that_the_runtime_makes_of_it(
     home: Path, generate: Generate
 ) -> None:
@@ -49,7 +63,7 @@ def test_a_prompt_becomes_the_picture_that_the_runtime_makes_of_it(
     schedule = best_with_full_steps(table.reuse_errors(), 4)
     latents = initial_latents((4, SIDE, SIDE), 7, 1.0)
     given = Guidance(prompt, negative, 5.0)
-    shares = plan_shares(table, scheduler, schedule)
+    shares = shares_by_mode(table, scheduler, schedule)
     *_, last = denoise(engine, scheduler, schedule, latents, given, table, shares=shares)
     expected = decode_latents(engine, last.latents)
     assert np.array_equal(np.asarray(Image.open("a-red-star-on-blue.png")), expected)
@@ -324,6 +338,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("shares")
 def test_compare_full_shows_both_times_and_both_pictures(generate: Generate) -> None:
     code, out, _ = generate(STAR, "--compare-full", "-o", "star.png", "--json")
     result = last_json(out)
@@ -411,9 +426,34 @@ def test_a_budget_runs_the_best_plan_that_it_allows(
     assert frontier[-1].picture_ms > 27500
     code, out, err = generate(STAR, "--budget-ms", "9000", "-o", "late.png")
     assert code == 2
-    assert "--budget-ms is 9000, of which loading and measuring took " in err
+    assert "--budget-ms is 9000, of which loading, measuring and planning took " in err
     assert "no plan takes " in err
     assert not Path("late.png").exists()
+
+
+def test_a_budget_pays_for_planning_and_its_picture_is_that_of_its_plan(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {"encode": 20.0, "denoise": 4000.0, "denoise_shallow": 300.0, "decode": 50.0}
+    profile, clock_s = DeviceProfile("xnnpack", "", times), [0.0]
+
+    def slow(*given: Any) -> NDArray[Any]:
+        clock_s[0] += 3
+        return shares_by_mode(*given)
+
+    monkeypatch.setattr("apps.generate.measure_graphs", lambda *_, **__: profile)
+    monkeypatch.setattr("apps.generate.perf_counter", lambda: clock_s[0])
+    monkeypatch.setattr("apps.generate.plan_shares", slow)
+    frontier = plan_frontier([reuse_table()], profile, 2, NoiseScheduleConfig())
+    for budget_ms, spent_s in ((27500, 6), (1e9, 3)):  # the first plan may be the one that runs
+        clock_s[0] = 0.0
+        assert generate(STAR, "--budget-ms", str(budget_ms), "-o", "budget.png", "--force")[0] == 0
+        assert clock_s[0] == spent_s
+        modes = json.loads(Image.open("budget.png").text["cq-edge"])["plan"]
+        best = best_within_ms(frontier, budget_ms - 6000)
+        assert modes == best.schedule.to_string()
+        assert generate(STAR, "--plan", modes, "-o", "plan.png", "--force")[0] == 0
+        assert Path("plan.png").read_bytes() == Path("budget.png").read_bytes()
 
 
 def test_a_budget_and_a_plan_exclude_each_other(generate: Generate) -> None:

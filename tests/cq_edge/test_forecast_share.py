@@ -149,7 +149,7 @@ def test_no_other_share_of_a_step_has_its_plan_err_less(name, modes):
             shares = found.copy()
             shares[step] = share
             other = error_with(given, noise_scheduler, plan, shares)
-            assert other > 0.998 * least
+            assert other > 0.98 * least
             changed += other > 1.01 * least
     assert changed
 
@@ -159,6 +159,7 @@ def test_shallow_steps_have_shares_in_a_plan():
     found = plan_shares(given, scheduler(), plan)
     assert (found[[7, 8]] > 0.05).all()
     assert (given.shares_in(plan)[[7, 8]] == 0).all()
+    np.testing.assert_array_equal(256 * found, np.round(256 * found))  # the same on every machine
 
 
 def test_the_plans_shares_are_better_for_it_than_the_tables():

@@ -416,15 +416,16 @@ def test_shares_that_are_given_are_those_of_every_step_that_runs_a_graph() -> No
         np.testing.assert_allclose(found[step], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("shares", [np.zeros(STEPS - 1), np.full(STEPS, 0.5)])
-def test_shares_of_other_steps_and_of_the_first_are_refused(shares: NDArray[Any]) -> None:
+@pytest.mark.parametrize(
+    "shares", [np.zeros(STEPS - 1), np.zeros(0), np.full(STEPS, 0.5), 1.5 * np.arange(STEPS)]
+)
+def test_shares_of_other_steps_or_of_the_first_or_above_1_are_refused(shares: NDArray[Any]) -> None:
     scheduler = make_noise_scheduler("ddim", STEPS, NoiseScheduleConfig())
     schedule, latents = CacheSchedule.all_full(STEPS), initial_latents(SHAPE, 3, 1.0)
     with pytest.raises(ScheduleError) as caught:
         denoise(FakeEngine(), scheduler, schedule, latents, guidance(), shares=shares)
     assert str(caught.value) == (
-        f"the shares of forecasts are of shape {shares.shape}, the first {shares[0]}: "
-        "they must be (10,), the first 0"
+        f"the shares of forecasts, of shape {shares.shape}, must be (10,), 0 to 1, the first 0"
     )
 
 
