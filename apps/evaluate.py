@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from apps.ablation import HALVES, gain_cell, gains
 from apps.engines import engine_for
 from apps.frontier_margin import margins
 from apps.kept_pictures import KeptPictures
@@ -156,7 +157,8 @@ def run(args: argparse.Namespace) -> int:
     captions, world = captions[:drawn], None if world is None else world[:drawn]
     rows = _rows(variants, captions, world, scorer)
     along = 0 if interrupted else args.frontier_captions
-    frontier, margins_db = _frontier(reference, ours, captions[:along], scorer)
+    frontier, margins_db, ablation = _frontier(reference, ours, captions[:along], scorer)
+    ablation = gains(_ways(rows, variants, variants[0])) + ablation
     conditions = {
         **_conditions(args, ours),
         "captions": drawn,
@@ -167,9 +169,11 @@ def run(args: argparse.Namespace) -> int:
         "variants": rows,
         "frontier": frontier,
         "frontier_margins_db": margins_db,
+        "ablation": ablation,
         "conditions": conditions,
     }
     _print(rows)
+    _print_ablation(ablation)
     _print_margins(margins_db)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -245,13 +249,20 @@ def _variants(reference: Side, ours: Side, speedup: float) -> list[Variant]:
     steps, table = ours.table.steps, ours.table
     budget_ms = reference.loop_ms(reference.full) / speedup
     plan = _planned(ours, budget_ms)
-    paper = _papers(ours, budget_ms)
-    bare, cached = table.without_corrections(), table.without_corrections(cache=False)
     return [
         Variant("float32", reference.make(steps, reference.full, None)),
         Variant("quantised only", ours.make(steps, ours.full, None)),
         Variant("quantised, corrected", ours.make(steps, ours.full, table)),
         Variant("cached only", reference.plan(_same(plan, reference))),
+        *_planned_ways(ours, plan, budget_ms),
+    ]
+
+
+def _planned_ways(ours: Side, plan: Plan, budget_ms: float) -> list[Variant]:
+    """Returns a plan and all that is compared with it at equal time of the loop."""
+    steps, table, paper = ours.table.steps, ours.table, _papers(ours, budget_ms)
+    bare, cached = table.without_corrections(), table.without_corrections(cache=False)
+    return [
         Variant("naive", ours.make(steps, paper, bare)),
         Variant("naive, cache half", ours.make(steps, paper, cached)),
         Variant("naive, corrected", ours.make(steps, paper, table)),
@@ -447,32 +458,35 @@ def _ratio(reference_ms: Sequence[float], own_ms: Sequence[float]) -> float:
 
 def _frontier(
     reference: Side, ours: Side, captions: Sequence[str], scorer: "Scorer"
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns quality against speed-up (planned, uniform and fewer steps at equal budgets), and
-    `margins` of the PSNR in dB."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns quality against speed-up (planned, uniform and fewer steps at equal budgets),
+    `margins` of the PSNR in dB, and `gains` of the correction at every speed."""
     if len(captions) < 2:
-        return [], []
+        return [], [], []
     whole = reference.loop_ms(reference.full)
     base = Variant("float32", reference.make(ours.table.steps, reference.full, None))
-    points = []
-    for speedup in _FRONTIER_SPEEDUPS:
-        plan = _planned(ours, whole / speedup)
-        paper = _papers(ours, whole / speedup)
-        points += [
-            Variant("ours", ours.plan(plan)),
-            Variant("naive, corrected", ours.make(ours.table.steps, paper, ours.table)),
-            Variant("uniform cache", _uniform(ours, whole / speedup)),
-            *(
-                Variant(f"fewer steps, {name}", _fewer_steps(ours, whole / speedup, name))
-                for name in _few_steps_by(ours)
-            ),
-        ]
+    budgets = [whole / speedup for speedup in _FRONTIER_SPEEDUPS]
+    ways = [_planned_ways(ours, _planned(ours, budget), budget) for budget in budgets]
+    points = [variant for at_budget in ways for variant in at_budget]
     drawn = _draw_all([base, *points], captions)
     rows = _rows([base, *points], captions[:drawn], None, scorer)[1:]
-    curves: dict[str, list[tuple[float, NDArray[np.float64]]]] = {}
-    for row, point in zip(rows, points, strict=True):
-        curves.setdefault(point.name, []).append((row["loop_speedup"], _psnrs_db(point, base)))
-    return rows, margins(curves.pop("ours"), curves)
+    each = len(ways[0])
+    found = [
+        _ways(rows[i * each : (i + 1) * each], at_budget, base) for i, at_budget in enumerate(ways)
+    ]
+    curves = {name: [way[name] for way in found] for name in found[0]}
+    others = {name: c for name, c in curves.items() if not name.startswith("ours")}
+    return rows, margins(curves["ours"], others), [row for way in found for row in gains(way)]
+
+
+def _ways(
+    rows: Sequence[dict[str, Any]], variants: Sequence[Variant], reference: Variant
+) -> dict[str, tuple[float, NDArray[np.float64]]]:
+    """Returns by name the speed-up of a row and the PSNR in dB of every caption."""
+    return {
+        variant.name: (row["loop_speedup"], _psnrs_db(variant, reference))
+        for row, variant in zip(rows, variants, strict=True)
+    }
 
 
 def _conditions(args: argparse.Namespace, side: Side) -> dict[str, Any]:
@@ -504,6 +518,18 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['clip_delta']:+6.3f} {f'{low:+.3f} to {high:+.3f}':>16} {shown:>6} "
             f"{row['psnr_db']:5.1f} {row['ssim']:5.3f}"
         )
+
+
+def _print_ablation(ablation: Sequence[dict[str, Any]]) -> None:
+    """Prints what each half of the correction gains."""
+    if not ablation:
+        return
+    print(f"\n{'gain of the correction, dB':28} {'cache half':>21} {'quantisation half':>21} "
+          f"{'both':>21}  captions")  # fmt: skip
+    for row in ablation:
+        cells = [gain_cell(row, half) for half in HALVES]
+        print(f"{row['schedule']:22} {row['loop_speedup']:4.2f}x "
+              f"{' '.join(f'{cell:>21}' for cell in cells)}  {row['captions']:8}")  # fmt: skip
 
 
 def _print_margins(margins_db: Sequence[dict[str, Any]]) -> None:

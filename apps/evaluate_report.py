@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from apps.ablation import HALVES, gain_cell
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -44,6 +46,7 @@ def html_report(
         f"<style>{STYLE}</style><h1>cq-edge evaluate</h1>",
         f"<p><small>{html.escape(conditions)}</small>",
         _table(report["variants"]),
+        _ablation(report["ablation"]),
     ]
     if report["frontier"]:
         parts += ["<h2>Quality against speed-up</h2>", image(_plot(report["frontier"]))]
@@ -58,6 +61,23 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     )
     return html_table(("", "full steps", *_COLUMNS.values()), cells)
+
+
+def _ablation(ablation: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a table of what each half gains, or nothing where the ways were not all drawn."""
+    if not ablation:
+        return ""
+    titles = ("schedule", "loop speed-up", "captions", *HALVES)
+    cells = (
+        (
+            row["schedule"],
+            f"{row['loop_speedup']:.2f}",
+            str(row["captions"]),
+            *(gain_cell(row, half) for half in HALVES),
+        )
+        for row in ablation
+    )
+    return "<h2>What each half of the correction gains, dB</h2>" + html_table(titles, cells)
 
 
 def _margins(margins_db: Sequence[Mapping[str, Any]]) -> str:
@@ -100,6 +120,8 @@ def _plot(frontier: Sequence[Mapping[str, Any]]) -> bytes:
     quality = (("clip_delta", "CLIP score − float32's"), ("psnr_db", "PSNR to float32, dB"))
     for axis, (key, title) in zip(axes, quality, strict=True):
         for name in dict.fromkeys(row["name"] for row in frontier):
+            if name.startswith("ours, "):  # the ablation's
+                continue
             points = sorted((r["loop_speedup"], r[key]) for r in frontier if r["name"] == name)
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.set(xlabel="loop speed-up over float32 at every step", ylabel=title)

@@ -2,21 +2,23 @@ r"""How many points of CLIP score a bundle's plan costs, over tens of thousands 
 
 What `cq-edge evaluate` finds over some hundred captions has an interval wider than what it is to
 show. Here the bundle draws more of the same captions and seeds, with the plan that an evaluation
-ran, in a process per core; the model itself draws float32's pictures in torch, in batches, on a
-GPU if there is one. Of the first captions the exported float32 graphs draw the same, which tells
-how near both float32 pictures are:
+ran, in a process per core, and the exported float32 graphs draw the same. That takes hours: scores
+are kept in a file, a line for some captions, and the next run, of another plan or on another
+machine too, goes on after the last caption that the file has.
 
     python -m benchmarks.clip_interval out/evaluate/bundle --reference out/evaluate/float32 \
-        --evaluation docs/evaluation.json --captions 20000 --device cuda
+        --evaluation docs/evaluation.json --scores docs/clip_scores.jsonl --captions 10000 \
+        --json docs/clip_interval.json
+
+With `--device cuda` the model itself draws float32's pictures, in torch, in batches.
 """
 
 import argparse
 import json
 import multiprocessing
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count, islice
 from pathlib import Path
 from time import monotonic
@@ -39,31 +41,42 @@ from cq_edge.model.scorer import Scorer
 from cq_edge.noise_scheduler import make_noise_scheduler
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
-from runtime.conditions import library
+from runtime.conditions import cores, machine_conditions
 from runtime.draw import Method, draw, planned
 from runtime.generate import initial_latents
 
-_CHUNK = 32
+_CHUNK = 16
 """Captions that a process draws at a time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Chunk:
-    """Captions, whose seeds count on from the first one's, with float32's pictures of them."""
+    """Captions, whose seeds count on from the first one's, with float32's pictures of them where
+    torch draws those."""
 
     first_seed: int
     captions: list[str]
-    pictures: NDArray[np.uint8]
+    pictures: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Found:
-    """Of each caption: both CLIP scores, ours' PSNR, and of some the exported float32 graphs'."""
+class _Scores:
+    """(N,) of captions: both CLIP scores, and in dB how near ours is to float32's picture."""
 
     float32: NDArray[np.float64]
     ours: NDArray[np.float64]
     psnr_db: NDArray[np.float64]
-    exported_psnr_db: NDArray[np.float64]
+
+    @property
+    def deltas(self) -> NDArray[np.float64]:
+        """Returns (N,) by how much ours scores higher."""
+        return self.ours - self.float32
+
+    @classmethod
+    def joined(cls, parts: Sequence["_Scores"]) -> "_Scores":
+        """Returns all captions' scores, in order."""
+        given = ([getattr(part, f.name) for part in parts] for f in fields(cls))
+        return cls(*(np.concatenate([np.zeros(0), *arrays]) for arrays in given))
 
 
 def main() -> None:
@@ -72,40 +85,34 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--reference", type=Path, help="the float32 bundle; without it nothing "
-        "tells how near torch's pictures are to the exported graphs'")  # fmt: skip
+    parser.add_argument("--reference", type=Path, required=True, help="the float32 bundle")
     parser.add_argument("--evaluation", type=Path, required=True, help="whose plan `ours` is run")
-    parser.add_argument("--captions", type=int, default=20_000)
-    parser.add_argument("--exported", type=int, default=_CHUNK, help="captions that the exported "
-        "float32 graphs draw too")  # fmt: skip
+    parser.add_argument("--scores", type=Path, required=True, help="JSON lines to go on with")
+    parser.add_argument("--captions", type=int, default=10_000, help="that FILE is to have then")
     parser.add_argument("--at-most-s", type=float, default=float("inf"), help="then stop")
-    parser.add_argument("--device", default="cpu", help="of torch, for float32's pictures")
+    parser.add_argument("--device", help="of torch, to draw float32's pictures there")
     parser.add_argument("--batch", type=int, default=256, help="captions at once there")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--processes", type=int, default=cores())
     parser.add_argument("--json", type=Path, help="write the result for programs")
     args = parser.parse_args()
-    plan, bundle = _plan(args.evaluation), open_bundle(args.bundle)
+    bundle, reference = open_bundle(args.bundle), open_bundle(args.reference)
     if bundle.manifest.name != DEMO_NAME:
         raise UsageError(
             f"{args.bundle} is of {bundle.manifest.name}: only the demo model is drawn"
         )
-    if args.reference is not None:
-        require_same_model(open_bundle(args.reference), bundle)
-    world = islice(scenes(SCENES_SEED, held_out=True), args.captions)
-    captions = (scene.caption() for scene in world)
-    until, found = monotonic() + args.at_most_s, []
-    context = multiprocessing.get_context("spawn")
-    started = (args.bundle, args.reference, plan, args.exported)
-    _Process(*started)  # says here what is missing: a pool would start it again and again
-    with context.Pool(args.processes, _start, started) as pool:
-        chunks = _float32(bundle, captions, torch.device(args.device), args.batch)
-        with closing(tqdm(total=args.captions, unit="caption")) as bar:
-            for part in pool.imap(_compare, chunks):
-                found.append(part)
-                bar.update(len(part.ours))
-                if monotonic() > until:
-                    break
-    result = _result(found) | {"plan": plan, "conditions": _conditions(args, bundle)}
+    require_same_model(reference, bundle)
+    plan = _plan(args.evaluation)
+    first = sum(len(scores.ours) for _, scores in _read(args.scores))
+    chunks = _chunks(bundle, first, args)
+    with (
+        args.scores.open("a", encoding="utf-8") as lines,
+        closing(tqdm(total=args.captions, initial=first, unit="caption")) as bar,
+    ):
+        print(json.dumps({"run": _run(args, bundle, plan)}), file=lines)
+        for found in _drawn(chunks, args, plan):
+            print(_line(found), file=lines, flush=True)
+            bar.update(len(found.ours))
+    result = _result(_read(args.scores))
     print(json.dumps(result, indent=2))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -117,11 +124,39 @@ def _plan(evaluation: Path) -> dict[str, Any]:
     return plan
 
 
+def _chunks(bundle: Bundle, first: int, args: argparse.Namespace) -> Iterator[_Chunk]:
+    """Yields the captions from the first one on, with torch's pictures if it is to draw them."""
+    world = islice(scenes(SCENES_SEED, held_out=True), first, args.captions)
+    captions = (scene.caption() for scene in world)
+    if args.device is not None:
+        yield from _float32(bundle, captions, first, torch.device(args.device), args.batch)
+        return
+    for seed in count(first, _CHUNK):
+        told = list(islice(captions, _CHUNK))
+        if not told:
+            return
+        yield _Chunk(seed, told)
+
+
+def _drawn(
+    chunks: Iterator[_Chunk], args: argparse.Namespace, plan: dict[str, Any]
+) -> Iterator[_Scores]:
+    """Yields what is found, chunk by chunk in order, until the time is over."""
+    until, context = monotonic() + args.at_most_s, multiprocessing.get_context("spawn")
+    started = (args.bundle, args.reference, plan)
+    _Process(*started)  # says here what is missing: a pool would start it again and again
+    with context.Pool(args.processes, _start, started) as pool:
+        for found in pool.imap(_compare, chunks):
+            yield found
+            if monotonic() > until:
+                return
+
+
 @torch.no_grad()
 def _float32(
-    bundle: Bundle, captions: Iterator[str], device: torch.device, batch: int
+    bundle: Bundle, captions: Iterator[str], first: int, device: torch.device, batch: int
 ) -> Iterator[_Chunk]:
-    """Yields the demo model's own pictures of the captions, every step full."""
+    """Yields the demo model's own pictures of the captions, every step full, from seed `first`."""
     torch.backends.cudnn.allow_tf32 = False  # which rounds to 11 bits
     defaults, size = bundle.manifest.defaults, bundle.manifest.latents
     pipeline = load_pipeline().to(device)
@@ -137,11 +172,11 @@ def _float32(
         return hidden
 
     nothing = embeddings([""])
-    for first in count(0, batch):
+    for seed in count(first, batch):
         told = list(islice(captions, batch))
         if not told:
             return
-        seeds = range(first, first + len(told))
+        seeds = range(seed, seed + len(told))
         both = torch.cat([nothing.expand(len(told), -1, -1), embeddings(told)])
         shape = (size.channels, size.height, size.width)
         starts = [initial_latents(shape, s, noise_scheduler.init_noise_sigma) for s in seeds]
@@ -156,40 +191,33 @@ def _float32(
         pictures = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         for start in range(0, len(told), _CHUNK):
             part = slice(start, start + _CHUNK)
-            yield _Chunk(first + start, told[part], pictures[part])
+            yield _Chunk(seed + start, told[part], pictures[part])
 
 
 class _Process:
     """What a process draws and judges with."""
 
-    def __init__(
-        self, folder: Path, reference: Path | None, plan: dict[str, Any], exported: int
-    ) -> None:
+    def __init__(self, folder: Path, reference: Path, plan: dict[str, Any]) -> None:
         bundle = open_bundle(folder)
-        name, steps = plan["noise_scheduler"], plan["steps"]
-        table = bundle.reuse_table(name, steps)
+        table = bundle.reuse_table(plan["noise_scheduler"], plan["steps"])
         schedule = CacheSchedule.from_string(plan["modes"])
         self._ours = planned(bundle, engine_for(bundle, 1), table, schedule)
-        self._float32 = None if reference is None else _every_step_full(open_bundle(reference))
-        self._exported, self._scorer = exported, Scorer.load()
+        self._float32, self._scorer = _every_step_full(open_bundle(reference)), Scorer.load()
 
-    def compare(self, chunk: _Chunk) -> _Found:
-        """Draws a chunk's captions and compares."""
-        prompts = list(enumerate(chunk.captions, start=chunk.first_seed))
-        ours = [draw(self._ours, caption, seed).picture for seed, caption in prompts]
-        exported = [
-            draw(self._float32, caption, seed).picture
-            for seed, caption in prompts
-            if self._float32 is not None and seed < self._exported
-        ]
-        return _Found(
-            self._scorer.clip_scores(chunk.pictures, chunk.captions),
-            self._scorer.clip_scores(np.stack(ours), chunk.captions),
-            np.array([finite_psnr_db(*pair) for pair in zip(chunk.pictures, ours, strict=True)]),
-            np.array(
-                [finite_psnr_db(*pair) for pair in zip(chunk.pictures, exported, strict=False)]
-            ),
+    def compare(self, chunk: _Chunk) -> _Scores:
+        """Draws a chunk's captions, float32's too where torch did not, and compares."""
+        ours, float32 = self._pictures(self._ours, chunk), chunk.pictures
+        if float32 is None:
+            float32 = self._pictures(self._float32, chunk)
+        return _Scores(
+            self._scorer.clip_scores(float32, chunk.captions),
+            self._scorer.clip_scores(ours, chunk.captions),
+            np.array([finite_psnr_db(*pair) for pair in zip(float32, ours, strict=True)]),
         )
+
+    def _pictures(self, method: Method, chunk: _Chunk) -> NDArray[np.uint8]:
+        prompts = enumerate(chunk.captions, start=chunk.first_seed)
+        return np.stack([draw(method, caption, seed).picture for seed, caption in prompts])
 
 
 def _every_step_full(bundle: Bundle) -> Method:
@@ -202,44 +230,62 @@ def _every_step_full(bundle: Bundle) -> Method:
 _process: _Process
 
 
-def _start(folder: Path, reference: Path | None, plan: dict[str, Any], exported: int) -> None:
+def _start(folder: Path, reference: Path, plan: dict[str, Any]) -> None:
     global _process
     torch.set_num_threads(1)
-    _process = _Process(folder, reference, plan, exported)
+    _process = _Process(folder, reference, plan)
 
 
-def _compare(chunk: _Chunk) -> _Found:
+def _compare(chunk: _Chunk) -> _Scores:
     return _process.compare(chunk)
 
 
-def _result(found: list[_Found]) -> dict[str, Any]:
-    float32 = np.concatenate([part.float32 for part in found])
-    ours = np.concatenate([part.ours for part in found])
-    deltas = ours - float32
-    exported = np.concatenate([part.exported_psnr_db for part in found])
+def _line(scores: _Scores) -> str:
+    """Returns the line of a file that keeps them, a thousandth of a point near."""
+    return json.dumps({f.name: getattr(scores, f.name).round(3).tolist() for f in fields(scores)})
+
+
+def _read(file: Path) -> list[tuple[dict[str, Any], _Scores]]:
+    """Returns each run of a file with what it found; nothing where there is no file."""
+    runs: list[tuple[dict[str, Any], list[_Scores]]] = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        found = json.loads(line)
+        if "run" in found:
+            runs.append((found["run"], []))
+        else:
+            runs[-1][1].append(_Scores(**{name: np.array(found[name]) for name in found}))
+    return [(run, _Scores.joined(parts)) for run, parts in runs if parts]
+
+
+def _result(runs: Sequence[tuple[dict[str, Any], _Scores]]) -> dict[str, Any]:
+    """Returns the interval over all captions, and over those of each run."""
+    everything = _interval(_Scores.joined([scores for _, scores in runs]))
+    return everything | {"runs": [_interval(scores) | run for run, scores in runs]}
+
+
+def _interval(scores: _Scores) -> dict[str, Any]:
+    deltas = scores.deltas
     return {
         "captions": len(deltas),
-        "clip_float32": float(float32.mean()),
-        "clip_ours": float(ours.mean()),
+        "clip_float32": float(scores.float32.mean()),
+        "clip_ours": float(scores.ours.mean()),
         "clip_delta": float(deltas.mean()),
         "clip_delta_ci": mean_interval(deltas),
         "clip_delta_sd": float(deltas.std()),
-        "psnr_db": float(np.concatenate([part.psnr_db for part in found]).mean()),
-        "exported_float32": {
-            "captions": len(exported),
-            "least_psnr_db": float(exported.min()) if len(exported) else None,
-        },
+        "psnr_db": float(scores.psnr_db.mean()),
     }
 
 
-def _conditions(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+def _run(args: argparse.Namespace, bundle: Bundle, plan: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a run's scores follow from."""
+    torch_on = f"the model in torch {torch.__version__} on {args.device}"
     return {
+        "plan": plan,
         "bundle": str(args.bundle),
-        "float32": f"the model in torch {torch.__version__} on {device}",
+        "float32": str(args.reference) if args.device is None else torch_on,
         **bundle.manifest.conditions,
         "guidance_scale": bundle.manifest.defaults.guidance_scale,
-        "engine": library(bundle.manifest.graph("denoise").backend),
+        **machine_conditions(bundle.manifest.graph("denoise").backend, 1),
         "processes": args.processes,
         "confidence": "95 %, paired bootstrap",
     }

@@ -51,6 +51,8 @@ class Mode(StrEnum):
 
 
 _RUNS = {Mode.FULL_TWICE: 2, Mode.FULL_FOUR_TIMES: 4}
+REPEATED = tuple(_RUNS)
+"""Modes of steps that are full several times."""
 _LETTERS = dict(zip("FSKfsDQ", Mode, strict=True))
 
 

@@ -10,9 +10,8 @@ from typing import NamedTuple, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.cache_schedule import REPEATED, CacheSchedule, Mode
 from cq_edge.errors import ScheduleError
-from cq_edge.quantisation_noise import REPEATED
 
 _NS_PER_MS = 1e6
 _REPEATED_LAST = 8

@@ -8,11 +8,10 @@ one plan that is to run is looked at once more.
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
-from cq_edge.cache_schedule import CacheSchedule, Mode
+from cq_edge.cache_schedule import REPEATED, CacheSchedule, Mode
 from cq_edge.errors import ScheduleError
 from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.plan_error import plan_errors
-from cq_edge.quantisation_noise import REPEATED
 from cq_edge.reuse_table import ReuseTable
 
 _END = 12

@@ -16,13 +16,11 @@ averaged, and what moving latents apart does beside that is not.
 import numpy as np
 from numpy.typing import NDArray
 
-from cq_edge.cache_schedule import Mode
+from cq_edge.cache_schedule import REPEATED, Mode
 
 ALIKE, FADING = 0.26, 0.73
 """The noise of full steps that lie d apart has the correlation ALIKE · FADING**d, as measured on
 the demo model."""
-REPEATED = (Mode.FULL_TWICE, Mode.FULL_FOUR_TIMES)
-"""Modes of steps that are full several times."""
 MOVED = 1e-5
 """What the mean of runs on latents moved apart errs by beside noise, as a mean square: of the demo
 model's late steps (the last errs by more, but little of what it does by noise). Where nothing is
@@ -50,10 +48,9 @@ def noise_by_mode(
     anew = np.broadcast_to((own * influence**2)[:, None], (total, total))
     both = np.sqrt(own[:, None] * own[source]) * influence[:, None] * before
     shared = 2 * ALIKE * FADING**back * both
-    moved = MOVED * influence[:, None] ** 2
     return {
         Mode.FULL: anew + shared,
-        **{mode: left_of_runs(mode.runs) * anew + shared + moved for mode in REPEATED},
+        **{mode: of_its_own + shared for mode, of_its_own in _repeated(anew, influence).items()},
         Mode.SHALLOW: goes_on,
         Mode.SKIP: goes_on,
         Mode.FULL_UNGUIDED: goes_on + one_branch(guidance_scale) * anew,
@@ -80,9 +77,15 @@ def averaged_noise(
     full = anew.copy()
     if total > 1:
         full[1:, 1] *= (1 - forecast_share[:-1]) ** 2
+    return dict.fromkeys(Mode, anew) | {Mode.FULL: full} | _repeated(full, influence)
+
+
+def _repeated(
+    once: NDArray[np.float64], influence: NDArray[np.float64]
+) -> dict[Mode, NDArray[np.float64]]:
+    """Returns what steps that are full several times add, were it (T, T) `once` of a single run."""
     moved = MOVED * influence[:, None] ** 2
-    repeated = {mode: left_of_runs(mode.runs) * full + moved for mode in REPEATED}
-    return dict.fromkeys(Mode, anew) | {Mode.FULL: full} | repeated
+    return {mode: left_of_runs(mode.runs) * once + moved for mode in REPEATED}
 
 
 def left_of_runs(runs: int) -> float:

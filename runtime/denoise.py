@@ -91,11 +91,11 @@ def denoise(
     """Checks that its arguments fit each other, then runs one step each time it is asked.
 
     A full step runs `denoise` and keeps its cached feature; run several times, it takes the mean of
-    latents moved apart; a shallow step runs
-    `denoise_shallow` on the forecast of that feature, corrected; a skip step runs no graph and
-    takes the forecast of the guided noise prediction; an unguided step runs its graph for the
-    prompt alone and takes the forecast of what the negative prompt changes. A step that runs a
-    graph may take a share of its noise prediction from the forecast, too.
+    latents moved apart; a shallow step runs `denoise_shallow` on the forecast of that feature,
+    corrected; a skip step runs no graph and takes the forecast of the guided noise prediction; an
+    unguided step runs its graph for the prompt alone and takes the forecast of what the negative
+    prompt changes. A step that runs a graph may take a share of its noise prediction from the
+    forecast, too.
 
     Args:
         engine: Runs `denoise` and `denoise_shallow`.
@@ -103,8 +103,8 @@ def denoise(
         cache_schedule: The mode of each of the T steps.
         latents: (1, 4, h, w) float32: noise times `noise_scheduler.init_noise_sigma`.
         guidance: The prompts' embeddings and the scale.
-        reuse_table: Holds the corrections of the shallow steps, which need it, how far forecasts
-            follow their line, and their shares in full steps, which have none without it.
+        reuse_table: Holds the corrections of the shallow steps, which need it, and how far
+            forecasts follow their line; without it full steps take no share of them.
         noise: Standard normal noise of the latents' shape, as often as it is asked for; only
             noise schedulers with `fresh_noise` ask.
         shares: (T,), 0 to 1: how much of each step's noise prediction is the forecast's; 0 at the

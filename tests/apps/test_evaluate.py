@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from apps.ablation import gain_cell
 from apps.cli import main
 from apps.evaluate import _TIMED_CAPTIONS as TIMED
 from apps.evaluate import _same
@@ -68,12 +69,23 @@ def test_every_way_is_compared_with_float32(evaluate):
     assert rows["ours"]["plan"]["repeated"] == best.schedule.repeated
     assert rows["uniform cache"]["plan"]["modes"] == CacheSchedule.uniform(10, 3).to_string()
     assert rows["fewer steps, ddim"]["plan"]["steps"] == 5
-    assert {row["name"] for row in report["frontier"]} == {
-        "ours", "naive, corrected", *NAMES[-3:]
-    }  # fmt: skip
+    assert {row["name"] for row in report["frontier"]} == set(NAMES[4:])
+    assert len(report["frontier"]) == 6 * len(NAMES[4:])
     page = Path("report.html").read_text()
     assert all(f"<td>{name}</td>" in page for name in NAMES)
+    gained = report["ablation"]
+    assert [row["captions"] for row in gained] == [3, 3] + [2] * 12
+    assert [row["schedule"] for row in gained] == ["the paper's", "ours"] * 7
+    assert gained[0]["both_db"] == pytest.approx(
+        rows["naive, corrected"]["psnr_db"] - rows["naive"]["psnr_db"]
+    )
+    assert gained[1]["cache_db"] == pytest.approx(
+        rows["ours"]["psnr_db"] - rows["ours, quantisation alone"]["psnr_db"]
+    )
+    assert f"<td>{gain_cell(gained[1], 'both')}</td>" in page
+    assert gain_cell(gained[-1], "cache") in out
     margins_db = report["frontier_margins_db"]
+    assert not any(row["next"].startswith("ours") for row in margins_db)
     for row in margins_db:
         line = f"<td>{row['loop_speedup']:.2f}</td><td>{row['difference']:+.2f}</td>"
         assert f"<tr><td>{row['next']}</td>{line}" in page
