@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from apps.engines import engine_for
 from apps.evaluate import SCENES_SEED, require_same_model
+from apps.kept_pictures import KeptPictures
 from apps.model_options import DEMO_NAME
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import UsageError
@@ -89,6 +90,8 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, required=True, help="whose plan `ours` is run")
     parser.add_argument("--scores", type=Path, required=True, help="JSON lines to go on with")
     parser.add_argument("--captions", type=int, default=10_000, help="that FILE is to have then")
+    parser.add_argument("--keep", type=Path, help="pictures that `evaluate --keep` kept there are "
+        "not drawn again")  # fmt: skip
     parser.add_argument("--at-most-s", type=float, default=float("inf"), help="then stop")
     parser.add_argument("--device", help="of torch, to draw float32's pictures there")
     parser.add_argument("--batch", type=int, default=256, help="captions at once there")
@@ -143,7 +146,7 @@ def _drawn(
 ) -> Iterator[_Scores]:
     """Yields what is found, chunk by chunk in order, until the time is over."""
     until, context = monotonic() + args.at_most_s, multiprocessing.get_context("spawn")
-    started = (args.bundle, args.reference, plan)
+    started = (args.bundle, args.reference, plan, args.keep)
     _Process(*started)  # says here what is missing: a pool would start it again and again
     with context.Pool(args.processes, _start, started) as pool:
         for found in pool.imap(_compare, chunks):
@@ -197,12 +200,15 @@ def _float32(
 class _Process:
     """What a process draws and judges with."""
 
-    def __init__(self, folder: Path, reference: Path, plan: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, reference: Path, plan: dict[str, Any], keep: Path | None
+    ) -> None:
         bundle = open_bundle(folder)
         table = bundle.reuse_table(plan["noise_scheduler"], plan["steps"])
         schedule = CacheSchedule.from_string(plan["modes"])
         self._ours = planned(bundle, engine_for(bundle, 1), table, schedule)
         self._float32, self._scorer = _every_step_full(open_bundle(reference)), Scorer.load()
+        self._kept = None if keep is None else KeptPictures(keep)
 
     def compare(self, chunk: _Chunk) -> _Scores:
         """Draws a chunk's captions, float32's too where torch did not, and compares."""
@@ -217,7 +223,16 @@ class _Process:
 
     def _pictures(self, method: Method, chunk: _Chunk) -> NDArray[np.uint8]:
         prompts = enumerate(chunk.captions, start=chunk.first_seed)
-        return np.stack([draw(method, caption, seed).picture for seed, caption in prompts])
+        return np.stack([self._picture(method, caption, seed) for seed, caption in prompts])
+
+    def _picture(self, method: Method, caption: str, seed: int) -> NDArray[np.uint8]:
+        if self._kept is None:
+            return draw(method, caption, seed).picture
+        picture = self._kept.find(method, caption, seed)
+        if picture is None:
+            picture = draw(method, caption, seed).picture
+            self._kept.keep(method, caption, seed, picture)
+        return picture
 
 
 def _every_step_full(bundle: Bundle) -> Method:
@@ -230,10 +245,10 @@ def _every_step_full(bundle: Bundle) -> Method:
 _process: _Process
 
 
-def _start(folder: Path, reference: Path, plan: dict[str, Any]) -> None:
+def _start(folder: Path, reference: Path, plan: dict[str, Any], keep: Path | None) -> None:
     global _process
     torch.set_num_threads(1)
-    _process = _Process(folder, reference, plan)
+    _process = _Process(folder, reference, plan, keep)
 
 
 def _compare(chunk: _Chunk) -> _Scores:
