@@ -24,6 +24,7 @@ _COLUMNS = {
     "clip": "CLIP score",
     "clip_delta": "difference",
     "clip_delta_ci": "95 % interval",
+    "clip_delta_trimmed_ci": "95 % interval, trimmed",
     "attribute_accuracy": "attribute accuracy",
     "psnr_db": "PSNR, dB",
     "ssim": "SSIM",

@@ -30,12 +30,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from apps.engines import engine_for
-from apps.evaluate import SCENES_SEED, require_same_model
+from apps.evaluate import SCENES_SEED, TRIM, require_same_model
 from apps.kept_pictures import KeptPictures
 from apps.model_options import DEMO_NAME
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import UsageError
-from cq_edge.metrics import finite_psnr_db, mean_interval
+from cq_edge.metrics import finite_psnr_db, mean_interval, trimmed_mean
 from cq_edge.model.graphs import DecodeGraph
 from cq_edge.model.load import load_pipeline
 from cq_edge.model.scorer import Scorer
@@ -286,6 +286,8 @@ def _interval(scores: _Scores) -> dict[str, Any]:
         "clip_ours": float(scores.ours.mean()),
         "clip_delta": float(deltas.mean()),
         "clip_delta_ci": mean_interval(deltas),
+        "clip_delta_trimmed": trimmed_mean(deltas, TRIM),
+        "clip_delta_trimmed_ci": mean_interval(deltas, trim=TRIM),
         "clip_delta_sd": float(deltas.std()),
         "psnr_db": float(scores.psnr_db.mean()),
     }

@@ -114,12 +114,29 @@ def clip_score(
     return np.asarray(100 * pairs.sum(axis=1), np.float64)
 
 
-def mean_interval(values: NDArray[np.floating], confidence: float = 0.95) -> tuple[float, float]:
+def trimmed_mean(values: NDArray[np.floating], trim: float) -> float:
+    """Returns the mean of the values that are left when a share of them, 0 or more and below 0.5,
+    is left out at either end. What a few pairs do that differ altogether is not in it.
+
+    Args:
+        values: (N,), 1 or more.
+        trim: The share of each end; of N values the whole number below.
+    """
+    if not trim:
+        return float(values.mean())
+    left_out = int(trim * len(values))
+    return float(np.sort(values)[left_out : len(values) - left_out].mean())
+
+
+def mean_interval(
+    values: NDArray[np.floating], confidence: float = 0.95, trim: float = 0.0
+) -> tuple[float, float]:
     """Returns the confidence interval of the mean of N paired differences, by the bootstrap.
 
     Args:
         values: (N,), finite; one difference a pair.
         confidence: Of the interval, between 0 and 1.
+        trim: As for `trimmed_mean`, whose interval it then is.
 
     Raises:
         UsageError: There is no value, or one is not finite.
@@ -129,7 +146,8 @@ def mean_interval(values: NDArray[np.floating], confidence: float = 0.95) -> tup
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise UsageError(f"values of shape {values.shape} have no interval: give (N,) finite ones")
     rng = np.random.default_rng(0)
-    means = np.array([rng.choice(values, len(values)).mean() for _ in range(10_000)])
+    drawn = (rng.choice(values, len(values)) for _ in range(10_000))
+    means = np.array([trimmed_mean(values, trim) for values in drawn])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

@@ -62,6 +62,9 @@ def test_every_way_is_compared_with_float32(evaluate, monkeypatch):
         assert rows[name]["ssim"] == pytest.approx(1)
         assert rows[name]["plan"]["full"] == 10
     assert rows["float32"]["loop_speedup"] == 1
+    assert (
+        rows["ours"]["clip_delta_trimmed"] == rows["ours"]["clip_delta"]
+    )  # of so few, none is left out
     assert rows["ours"]["psnr_db"] < rows["float32"]["psnr_db"]
     frontier = plan_frontier([reuse_table()], profile, 2, NoiseScheduleConfig())
     best = best_within_loop_ms(frontier, 2 * 100 / 2, profile, 2, NoiseScheduleConfig())

@@ -3,9 +3,18 @@ import re
 
 import numpy as np
 import pytest
+from scipy.stats import trim_mean
 
 from cq_edge.errors import UsageError
-from cq_edge.metrics import clip_score, mean_interval, psnr_db, spearman_rho, sqnr_db, ssim
+from cq_edge.metrics import (
+    clip_score,
+    mean_interval,
+    psnr_db,
+    spearman_rho,
+    sqnr_db,
+    ssim,
+    trimmed_mean,
+)
 
 
 def picture(seed=0, shape=(24, 20, 3)):
@@ -152,6 +161,19 @@ def test_the_interval_of_a_mean_is_the_normal_one_where_there_are_many_values():
     assert low == pytest.approx(values.mean() - half, abs=0.03)
     assert high == pytest.approx(values.mean() + half, abs=0.03)
     assert mean_interval(np.zeros(5)) == (0.0, 0.0)
+
+
+def test_a_trimmed_mean_leaves_a_share_of_either_end_out():
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(3, 2, 395), [300.0, 400.0, -50.0, 70.0, 60.0]])
+    for trim in (0.0, 0.004, 0.01, 0.25):
+        assert trimmed_mean(values, trim) == pytest.approx(trim_mean(values, trim))
+    assert trimmed_mean(np.array([1.0, 5.0]), 0.4) == 3.0  # fewer than one of either end
+    low, high = mean_interval(values, trim=0.05)
+    assert low < trimmed_mean(values, 0.05) < high
+    assert high - low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.15)
+    wide = mean_interval(values)
+    assert wide[1] - wide[0] > 5 * (high - low)
 
 
 def test_no_values_have_no_interval():
