@@ -49,8 +49,8 @@ _DESCRIPTION = """\
 Draws the same captions from the same seeds in every way that there is (float32 at every step,
 quantised, cached, both, each with and without corrections, a uniform cache, fewer steps) and
 compares speed, size and quality; then some of the captions in ours and in other ways at 2 to 8
-times the speed: quality against speed-up, how far ours is ahead of the best other way, and what each
-half of the correction gains. The ways take turns caption by caption, in one process.
+times the speed: quality against speed-up, how far ours is ahead of the best other way, and what
+each half of the correction gains. The ways take turns caption by caption, in one process.
 Differences of CLIP scores have two intervals: of the mean, which a few captions that tip into
 another picture decide, and of the mean without the 1 % of captions at either end ("trimmed").
 Ctrl-C compares what was drawn until then."""
