@@ -8,9 +8,13 @@ from numpy.typing import NDArray
 
 from cq_edge.metrics import mean_interval
 
-HALVES = ("cache", "quantisation", "both")
-"""Of the correction, as keys of a row begin."""
-_STEPS = {
+GAINS = {"cache": "cache half", "quantisation": "quantisation half", "both": "both halves"}
+"""By how a row's keys begin, what it tells the gain of."""
+ORDER = (
+    "the paper's: the cache half alone, the quantisation half after it; ours: each half beside the "
+    "other"
+)
+_PAIRS = {
     "the paper's": {
         "cache": ("naive", "naive, cache half"),
         "quantisation": ("naive, cache half", "naive, corrected"),
@@ -22,8 +26,9 @@ _STEPS = {
         "both": ("ours, no correction", "ours"),
     },
 }
-"""Of each schedule the ways without and with a half: on the paper's in the paper's order, on ours
-each beside the other."""
+"""Of each schedule the ways without and with what is gained by, as `ORDER` says."""
+PARTIAL = frozenset(without for pairs in _PAIRS.values() for without, _ in pairs.values())
+"""The ways that lack a half of the correction, or both."""
 
 
 def gains(ways: Mapping[str, tuple[float, NDArray[np.float64]]]) -> list[dict[str, Any]]:
@@ -34,23 +39,23 @@ def gains(ways: Mapping[str, tuple[float, NDArray[np.float64]]]) -> list[dict[st
             ways are not all there is left out.
 
     Returns:
-        A row per schedule: `schedule`, `loop_speedup` of the way with both, `captions`, and for
-        `cache`, `quantisation` and `both` the mean gain, `<half>_db`, and its `<half>_db_ci`.
+        A row per schedule: `schedule`, `loop_speedup` of the way with both halves, `captions`, and
+        of each of `GAINS` the mean, `<gain>_db`, and its interval, `<gain>_db_ci`.
     """
     rows = []
-    for schedule, steps in _STEPS.items():
-        if not all(name in ways for pair in steps.values() for name in pair):
+    for schedule, pairs in _PAIRS.items():
+        if not all(name in ways for pair in pairs.values() for name in pair):
             continue
-        speedup, qualities = ways[steps["both"][1]]
+        speedup, qualities = ways[pairs["both"][1]]
         row = {"schedule": schedule, "loop_speedup": speedup, "captions": len(qualities)}
-        for half, (without, having) in steps.items():
+        for gain, (without, having) in pairs.items():
             gained = ways[having][1] - ways[without][1]
-            row |= {f"{half}_db": float(gained.mean()), f"{half}_db_ci": mean_interval(gained)}
+            row |= {f"{gain}_db": float(gained.mean()), f"{gain}_db_ci": mean_interval(gained)}
         rows.append(row)
     return rows
 
 
-def gain_cell(row: Mapping[str, Any], half: str) -> str:
-    """Returns a half's gain with its interval, to be read."""
-    low, high = row[f"{half}_db_ci"]
-    return f"{row[f'{half}_db']:+.2f} ({low:+.2f} to {high:+.2f})"
+def gain_cell(row: Mapping[str, Any], gain: str) -> str:
+    """Returns one of a row's `GAINS` with its interval, to be read."""
+    low, high = row[f"{gain}_db_ci"]
+    return f"{row[f'{gain}_db']:+.2f} ({low:+.2f} to {high:+.2f})"

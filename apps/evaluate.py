@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from apps.ablation import HALVES, gain_cell, gains
+from apps.ablation import GAINS, ORDER, PARTIAL, gain_cell, gains
+from apps.clip_difference import clip_difference
 from apps.engines import engine_for
 from apps.frontier_margin import margins
 from apps.kept_pictures import KeptPictures
@@ -24,7 +25,7 @@ from apps.quiet import quiet_toolchains
 from cq_edge.cache_schedule import CacheSchedule, Mode, paper_segment_bounds, plan_full_steps
 from cq_edge.errors import UsageError
 from cq_edge.latency import DeviceProfile
-from cq_edge.metrics import finite_psnr_db, mean_interval, ssim, trimmed_mean
+from cq_edge.metrics import finite_psnr_db, ssim
 from cq_edge.noise_scheduler import make_noise_scheduler
 from cq_edge.planner import Plan, best_within_loop_ms, plan_frontier
 from cq_edge.reuse_table import ReuseTable
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
 
 SCENES_SEED = 30_000_001
 _BEST_AT_FEW_STEPS = "dpmsolver++"
-TRIM = 0.01
-"""Of the captions, at either end, what a trimmed difference of CLIP scores leaves out: a few that
-tip into another picture, whose scores then differ by ten and more points to either side."""
 _TIMED_CAPTIONS = 16
 _FRONTIER_SPEEDUPS = (2.0, 3.0, 4.0, 5.18, 6.0, 8.0)
 
@@ -52,7 +50,8 @@ compares speed, size and quality; then some of the captions in ours and in other
 times the speed: quality against speed-up, how far ours is ahead of the best other way, and what
 each half of the correction gains. The ways take turns caption by caption, in one process.
 Differences of CLIP scores have two intervals: of the mean, which a few captions that tip into
-another picture decide, and of the mean without the 1 % of captions at either end ("trimmed").
+another picture decide, and, of 100 captions or more, of the mean without the 1 % of captions at
+either end, which says nothing of those that tip ("trimmed").
 Ctrl-C compares what was drawn until then."""
 
 _EXAMPLES = """\
@@ -120,7 +119,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the demo world that no training saw)")  # fmt: skip
     add("--scorer", metavar="CLIP", help="a CLIP model's folder or hub id (default: the demo's)")
     add("--frontier-captions", type=int, default=32, metavar="N", help="captions for the frontier "
-        "of quality against speed-up; 0 leaves it out (default: %(default)s)")  # fmt: skip
+        "of quality against speed-up, each drawn in all ways at six speeds; 0 leaves it out "
+        "(default: %(default)s)")  # fmt: skip
     add("--only", action="append", metavar="NAME", help="of the ways to draw, beside float32; "
         "repeatable (default: all). One way takes a quarter of the time, which is worth spending "
         "on more captions")  # fmt: skip
@@ -161,25 +161,20 @@ def run(args: argparse.Namespace) -> int:
     interrupted = drawn < len(captions)
     captions, world = captions[:drawn], None if world is None else world[:drawn]
     rows = _rows(variants, captions, world, scorer)
-    along = 0 if interrupted else args.frontier_captions
-    frontier, margins_db, ablation = _frontier(reference, ours, captions[:along], scorer)
-    ablation = gains(_ways(rows, variants, variants[0])) + ablation
+    along = captions[: 0 if interrupted else args.frontier_captions]
+    drawn_along, frontier = _frontier(reference, ours, along, scorer)
     conditions = {
         **_conditions(args, ours),
         "captions": drawn,
         "timed_captions": len(variants[0].loop_ms),
-        "interrupted": interrupted,
+        "frontier_captions": drawn_along,
+        "interrupted": interrupted or drawn_along < len(along),
     }
-    report = {
-        "variants": rows,
-        "frontier": frontier,
-        "frontier_margins_db": margins_db,
-        "ablation": ablation,
-        "conditions": conditions,
-    }
+    ablation = gains(_qualities(rows, variants, variants[0]))
+    report = {"variants": rows, "ablation": ablation, **frontier, "conditions": conditions}
     _print(rows)
-    _print_ablation(ablation)
-    _print_margins(margins_db)
+    _print_ablation([*ablation, *frontier["frontier_ablation"]])
+    _print_margins(frontier["frontier_margins_db"])
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if args.html is not None:
@@ -425,7 +420,6 @@ def _row(
 ) -> dict[str, Any]:
     pictures = np.stack(variant.pictures)
     scores = scorer.clip_scores(pictures, captions)
-    deltas = scores - reference_scores
     accuracy = None if world is None else scorer.attribute_accuracy(pictures, world)["all"]
     return {
         "name": variant.name,
@@ -433,10 +427,7 @@ def _row(
         "end_to_end_speedup": _ratio(reference.total_ms, variant.total_ms),
         "compression": variant.method.bundle.manifest.conditions.get("unet_compression"),
         "clip": float(scores.mean()),
-        "clip_delta": float(deltas.mean()),
-        "clip_delta_ci": mean_interval(deltas),
-        "clip_delta_trimmed": trimmed_mean(deltas, TRIM),
-        "clip_delta_trimmed_ci": mean_interval(deltas, trim=TRIM),
+        **clip_difference(scores - reference_scores),
         "attribute_accuracy": accuracy,
         "psnr_db": float(_psnrs_db(variant, reference).mean()),
         "ssim": float(np.mean([*map(ssim, reference.pictures, variant.pictures)])),
@@ -465,28 +456,33 @@ def _ratio(reference_ms: Sequence[float], own_ms: Sequence[float]) -> float:
 
 def _frontier(
     reference: Side, ours: Side, captions: Sequence[str], scorer: "Scorer"
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns quality against speed-up (planned, uniform and fewer steps at equal budgets),
-    `margins` of the PSNR in dB, and `gains` of the correction at every speed."""
-    if len(captions) < 2:
-        return [], [], []
+) -> tuple[int, dict[str, list[dict[str, Any]]]]:
+    """Returns how many of the captions were drawn, and of the report what lies along the frontier:
+    quality against speed-up (all that is compared at equal time, at six speeds), the `margins` of
+    the PSNR in dB over the ways that have the whole correction or none, and `gains`."""
     whole = reference.loop_ms(reference.full)
     base = Variant("float32", reference.make(ours.table.steps, reference.full, None))
     budgets = [whole / speedup for speedup in _FRONTIER_SPEEDUPS]
-    ways = [_planned_ways(ours, _planned(ours, budget), budget) for budget in budgets]
-    points = [variant for at_budget in ways for variant in at_budget]
-    drawn = _draw_all([base, *points], captions)
+    by_budget = [_planned_ways(ours, _planned(ours, ms), ms) for ms in budgets if captions[1:]]
+    points = [variant for ways in by_budget for variant in ways]
+    try:
+        drawn = _draw_all([base, *points], captions) if points else 0
+    except KeyboardInterrupt:  # before there was anything to compare
+        drawn = 0
+    if not drawn:
+        return 0, {"frontier": [], "frontier_margins_db": [], "frontier_ablation": []}
     rows = _rows([base, *points], captions[:drawn], None, scorer)[1:]
-    each = len(ways[0])
-    found = [
-        _ways(rows[i * each : (i + 1) * each], at_budget, base) for i, at_budget in enumerate(ways)
-    ]
-    curves = {name: [way[name] for way in found] for name in found[0]}
-    others = {name: c for name, c in curves.items() if not name.startswith("ours")}
-    return rows, margins(curves["ours"], others), [row for way in found for row in gains(way)]
+    left = iter(rows)
+    found = [_qualities([*islice(left, len(ways))], ways, base) for ways in by_budget]
+    curves = {name: [at[name] for at in found] for name in found[0] if name not in PARTIAL}
+    return drawn, {
+        "frontier": rows,
+        "frontier_margins_db": margins(curves.pop("ours"), curves),
+        "frontier_ablation": [row for at in found for row in gains(at)],
+    }
 
 
-def _ways(
+def _qualities(
     rows: Sequence[dict[str, Any]], variants: Sequence[Variant], reference: Variant
 ) -> dict[str, tuple[float, NDArray[np.float64]]]:
     """Returns by name the speed-up of a row and the PSNR in dB of every caption."""
@@ -516,7 +512,9 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
           f"{'delta':>6} {'95 % interval':>16} {'trimmed':>16} {'attr':>6} {'PSNR':>5} "
           f"{'SSIM':>5}")  # fmt: skip
     for row in rows:
-        (low, high), (least, most) = row["clip_delta_ci"], row["clip_delta_trimmed_ci"]
+        low, high = row["clip_delta_ci"]
+        trimmed = row["clip_delta_trimmed_ci"]
+        typical = "–" if trimmed is None else f"{trimmed[0]:+.3f} to {trimmed[1]:+.3f}"
         size = "–" if row["compression"] is None else f"{row['compression']:.2f}"
         attributes = row["attribute_accuracy"]
         shown = "–" if attributes is None else f"{attributes:.1%}"
@@ -524,7 +522,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['name']:24} {row['plan']['full']:4} {row['loop_speedup']:5.2f}x "
             f"{row['end_to_end_speedup']:5.2f}x {size:>5} {row['clip']:6.2f} "
             f"{row['clip_delta']:+6.3f} {f'{low:+.3f} to {high:+.3f}':>16} "
-            f"{f'{least:+.3f} to {most:+.3f}':>16} {shown:>6} "
+            f"{typical:>16} {shown:>6} "
             f"{row['psnr_db']:5.1f} {row['ssim']:5.3f}"
         )
 
@@ -533,12 +531,12 @@ def _print_ablation(ablation: Sequence[dict[str, Any]]) -> None:
     """Prints what each half of the correction gains."""
     if not ablation:
         return
-    print(f"\n{'gain of the correction, dB':28} {'cache half':>21} {'quantisation half':>21} "
-          f"{'both':>21}  captions")  # fmt: skip
+    titles = " ".join(f"{title:>25}" for title in GAINS.values())
+    print(f"\n{'PSNR gained, dB':27} {titles}  captions")
     for row in ablation:
-        cells = [gain_cell(row, half) for half in HALVES]
-        print(f"{row['schedule']:22} {row['loop_speedup']:4.2f}x "
-              f"{' '.join(f'{cell:>21}' for cell in cells)}  {row['captions']:8}")  # fmt: skip
+        cells = " ".join(f"{gain_cell(row, gain):>25}" for gain in GAINS)
+        print(f"{row['schedule']:20} {row['loop_speedup']:5.2f}x {cells}  {row['captions']:8}")
+    print(ORDER)
 
 
 def _print_margins(margins_db: Sequence[dict[str, Any]]) -> None:

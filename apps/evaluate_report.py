@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from apps.ablation import HALVES, gain_cell
+from apps.ablation import GAINS, ORDER, PARTIAL, gain_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +24,8 @@ _COLUMNS = {
     "clip": "CLIP score",
     "clip_delta": "difference",
     "clip_delta_ci": "95 % interval",
-    "clip_delta_trimmed_ci": "95 % interval, trimmed",
+    "clip_delta_trimmed": "trimmed difference",
+    "clip_delta_trimmed_ci": "its 95 % interval",
     "attribute_accuracy": "attribute accuracy",
     "psnr_db": "PSNR, dB",
     "ssim": "SSIM",
@@ -47,7 +48,7 @@ def html_report(
         f"<style>{STYLE}</style><h1>cq-edge evaluate</h1>",
         f"<p><small>{html.escape(conditions)}</small>",
         _table(report["variants"]),
-        _ablation(report["ablation"]),
+        _ablation([*report["ablation"], *report["frontier_ablation"]]),
     ]
     if report["frontier"]:
         parts += ["<h2>Quality against speed-up</h2>", image(_plot(report["frontier"]))]
@@ -68,17 +69,18 @@ def _ablation(ablation: Sequence[Mapping[str, Any]]) -> str:
     """Returns a table of what each half gains, or nothing where the ways were not all drawn."""
     if not ablation:
         return ""
-    titles = ("schedule", "loop speed-up", "captions", *HALVES)
+    titles = ("schedule", "loop speed-up", "captions", *GAINS.values())
     cells = (
         (
             row["schedule"],
             f"{row['loop_speedup']:.2f}",
             str(row["captions"]),
-            *(gain_cell(row, half) for half in HALVES),
+            *(gain_cell(row, gain) for gain in GAINS),
         )
         for row in ablation
     )
-    return "<h2>What each half of the correction gains, dB</h2>" + html_table(titles, cells)
+    title = "<h2>What each half of the correction gains, dB of PSNR</h2>"
+    return title + html_table(titles, cells) + f"<p><small>{html.escape(ORDER)}</small>"
 
 
 def _margins(margins_db: Sequence[Mapping[str, Any]]) -> str:
@@ -121,7 +123,7 @@ def _plot(frontier: Sequence[Mapping[str, Any]]) -> bytes:
     quality = (("clip_delta", "CLIP score − float32's"), ("psnr_db", "PSNR to float32, dB"))
     for axis, (key, title) in zip(axes, quality, strict=True):
         for name in dict.fromkeys(row["name"] for row in frontier):
-            if name.startswith("ours, "):  # the ablation's
+            if name in PARTIAL:
                 continue
             points = sorted((r["loop_speedup"], r[key]) for r in frontier if r["name"] == name)
             axis.plot(*zip(*points, strict=True), marker="o", label=name)

@@ -3,12 +3,13 @@ r"""How many points of CLIP score a bundle's plan costs, over tens of thousands 
 What `cq-edge evaluate` finds over some hundred captions has an interval wider than what it is to
 show. Here the bundle draws more of the same captions and seeds, with the plan that an evaluation
 ran, in a process per core, and the exported float32 graphs draw the same. That takes hours: scores
-are kept in a file, a line for some captions, and the next run, of another plan or on another
-machine too, goes on after the last caption that the file has.
+are added to a file, a line for some captions, and the next run, of another plan or on another
+machine too, goes on after the last caption that the file has. The interval is then that of all its
+runs; each run has its own beside it.
 
     python -m benchmarks.clip_interval out/evaluate/bundle --reference out/evaluate/float32 \
         --evaluation docs/evaluation.json --scores docs/clip_scores.jsonl --captions 10000 \
-        --json docs/clip_interval.json
+        --json docs/clip_scores.json
 
 With `--device cuda` the model itself draws float32's pictures, in torch, in batches.
 """
@@ -16,8 +17,9 @@ With `--device cuda` the model itself draws float32's pictures, in torch, in bat
 import argparse
 import json
 import multiprocessing
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from itertools import count, islice
 from pathlib import Path
@@ -29,13 +31,15 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from apps.clip_difference import clip_difference
 from apps.engines import engine_for
-from apps.evaluate import SCENES_SEED, TRIM, require_same_model
+from apps.evaluate import SCENES_SEED, require_same_model
 from apps.kept_pictures import KeptPictures
 from apps.model_options import DEMO_NAME
+from cq_edge import __version__
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import UsageError
-from cq_edge.metrics import finite_psnr_db, mean_interval, trimmed_mean
+from cq_edge.metrics import finite_psnr_db
 from cq_edge.model.graphs import DecodeGraph
 from cq_edge.model.load import load_pipeline
 from cq_edge.model.scorer import Scorer
@@ -68,11 +72,6 @@ class _Scores:
     ours: NDArray[np.float64]
     psnr_db: NDArray[np.float64]
 
-    @property
-    def deltas(self) -> NDArray[np.float64]:
-        """Returns (N,) by how much ours scores higher."""
-        return self.ours - self.float32
-
     @classmethod
     def joined(cls, parts: Sequence["_Scores"]) -> "_Scores":
         """Returns all captions' scores, in order."""
@@ -88,10 +87,11 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--reference", type=Path, required=True, help="the float32 bundle")
     parser.add_argument("--evaluation", type=Path, required=True, help="whose plan `ours` is run")
-    parser.add_argument("--scores", type=Path, required=True, help="JSON lines to go on with")
+    parser.add_argument("--scores", type=Path, required=True, metavar="FILE", help="JSON lines to "
+        "go on with, made where there is none")  # fmt: skip
     parser.add_argument("--captions", type=int, default=10_000, help="that FILE is to have then")
-    parser.add_argument("--keep", type=Path, help="pictures that `evaluate --keep` kept there are "
-        "not drawn again")  # fmt: skip
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep pictures there and draw "
+        "none of them again, as `evaluate` does")  # fmt: skip
     parser.add_argument("--at-most-s", type=float, default=float("inf"), help="then stop")
     parser.add_argument("--device", help="of torch, to draw float32's pictures there")
     parser.add_argument("--batch", type=int, default=256, help="captions at once there")
@@ -104,17 +104,15 @@ def main() -> None:
             f"{args.bundle} is of {bundle.manifest.name}: only the demo model is drawn"
         )
     require_same_model(reference, bundle)
-    plan = _plan(args.evaluation)
-    first = sum(len(scores.ours) for _, scores in _read(args.scores))
-    chunks = _chunks(bundle, first, args)
-    with (
-        args.scores.open("a", encoding="utf-8") as lines,
-        closing(tqdm(total=args.captions, initial=first, unit="caption")) as bar,
-    ):
-        print(json.dumps({"run": _run(args, bundle, plan)}), file=lines)
-        for found in _drawn(chunks, args, plan):
-            print(_line(found), file=lines, flush=True)
-            bar.update(len(found.ours))
+    plan, first = _plan(args.evaluation), _count(_read(args.scores))
+    if first < args.captions:
+        run, chunks = _run(args, bundle, reference, plan), _chunks(bundle, first, args)
+        with (
+            suppress(KeyboardInterrupt),
+            closing(tqdm(total=args.captions, initial=first, unit="caption")) as bar,
+        ):
+            for scores in _added(args.scores, run, first, _drawn(chunks, args, plan)):
+                bar.update(len(scores.ours))
     result = _result(_read(args.scores))
     print(json.dumps(result, indent=2))
     if args.json is not None:
@@ -146,7 +144,8 @@ def _drawn(
 ) -> Iterator[_Scores]:
     """Yields what is found, chunk by chunk in order, until the time is over."""
     until, context = monotonic() + args.at_most_s, multiprocessing.get_context("spawn")
-    started = (args.bundle, args.reference, plan, args.keep)
+    reference = args.reference if args.device is None else None
+    started = (args.bundle, reference, plan, args.keep)
     _Process(*started)  # says here what is missing: a pool would start it again and again
     with context.Pool(args.processes, _start, started) as pool:
         for found in pool.imap(_compare, chunks):
@@ -201,19 +200,22 @@ class _Process:
     """What a process draws and judges with."""
 
     def __init__(
-        self, folder: Path, reference: Path, plan: dict[str, Any], keep: Path | None
+        self, folder: Path, reference: Path | None, plan: dict[str, Any], keep: Path | None
     ) -> None:
         bundle = open_bundle(folder)
         table = bundle.reuse_table(plan["noise_scheduler"], plan["steps"])
         schedule = CacheSchedule.from_string(plan["modes"])
         self._ours = planned(bundle, engine_for(bundle, 1), table, schedule)
-        self._float32, self._scorer = _every_step_full(open_bundle(reference)), Scorer.load()
+        self._float32 = None if reference is None else _every_step_full(open_bundle(reference))
+        self._scorer = Scorer.load()
         self._kept = None if keep is None else KeptPictures(keep)
 
     def compare(self, chunk: _Chunk) -> _Scores:
         """Draws a chunk's captions, float32's too where torch did not, and compares."""
         ours, float32 = self._pictures(self._ours, chunk), chunk.pictures
         if float32 is None:
+            if self._float32 is None:
+                raise ValueError("nothing draws float32's pictures: there is no reference")
             float32 = self._pictures(self._float32, chunk)
         return _Scores(
             self._scorer.clip_scores(float32, chunk.captions),
@@ -245,8 +247,9 @@ def _every_step_full(bundle: Bundle) -> Method:
 _process: _Process
 
 
-def _start(folder: Path, reference: Path, plan: dict[str, Any], keep: Path | None) -> None:
+def _start(folder: Path, reference: Path | None, plan: dict[str, Any], keep: Path | None) -> None:
     global _process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which ends the process that waits for this one
     torch.set_num_threads(1)
     _process = _Process(folder, reference, plan, keep)
 
@@ -255,51 +258,88 @@ def _compare(chunk: _Chunk) -> _Scores:
     return _process.compare(chunk)
 
 
-def _line(scores: _Scores) -> str:
-    """Returns the line of a file that keeps them, a thousandth of a point near."""
-    return json.dumps({f.name: getattr(scores, f.name).round(3).tolist() for f in fields(scores)})
+def _added(
+    file: Path, run: dict[str, Any], first: int, found: Iterable[_Scores]
+) -> Iterator[_Scores]:
+    """Adds a run's scores to a file as they come, from caption `first` on, and yields them."""
+    torn = file.exists() and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as lines:
+        for number, scores in enumerate(found):
+            if number == 0:
+                print("\n" * torn + json.dumps({"run": run}), file=lines)
+            arrays = {f.name: getattr(scores, f.name).round(3).tolist() for f in fields(scores)}
+            print(json.dumps({"first": first} | arrays), file=lines, flush=True)
+            first += len(scores.ours)
+            yield scores
 
 
 def _read(file: Path) -> list[tuple[dict[str, Any], _Scores]]:
-    """Returns each run of a file with what it found; nothing where there is no file."""
+    """Returns each run of a file with what it found; nothing where there is no file. A line that a
+    killed run left torn counts for nothing.
+
+    Raises:
+        UsageError: A line's captions do not follow those before it.
+    """
     runs: list[tuple[dict[str, Any], list[_Scores]]] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        found = json.loads(line)
+    captions = 0
+    for number, line in enumerate(file.read_text("utf-8").splitlines() if file.exists() else (), 1):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
         if "run" in found:
             runs.append((found["run"], []))
-        else:
-            runs[-1][1].append(_Scores(**{name: np.array(found[name]) for name in found}))
+            continue
+        if found.pop("first") != captions or not runs:
+            raise UsageError(
+                f"{file}, line {number}: captions from {captions} on are missing or stand twice"
+            )
+        scores = _Scores(**{name: np.array(found[name]) for name in found})
+        captions += len(scores.ours)
+        runs[-1][1].append(scores)
     return [(run, _Scores.joined(parts)) for run, parts in runs if parts]
 
 
+def _count(runs: Sequence[tuple[dict[str, Any], _Scores]]) -> int:
+    """Returns how many captions there are."""
+    return sum(len(scores.ours) for _, scores in runs)
+
+
 def _result(runs: Sequence[tuple[dict[str, Any], _Scores]]) -> dict[str, Any]:
-    """Returns the interval over all captions, and over those of each run."""
+    """Returns the interval over all captions, and over those of each run.
+
+    Raises:
+        UsageError: There are none.
+    """
+    if not runs:
+        raise UsageError("no caption was drawn: there is no interval")
     everything = _interval(_Scores.joined([scores for _, scores in runs]))
     return everything | {"runs": [_interval(scores) | run for run, scores in runs]}
 
 
 def _interval(scores: _Scores) -> dict[str, Any]:
-    deltas = scores.deltas
     return {
-        "captions": len(deltas),
+        "captions": len(scores.ours),
         "clip_float32": float(scores.float32.mean()),
         "clip_ours": float(scores.ours.mean()),
-        "clip_delta": float(deltas.mean()),
-        "clip_delta_ci": mean_interval(deltas),
-        "clip_delta_trimmed": trimmed_mean(deltas, TRIM),
-        "clip_delta_trimmed_ci": mean_interval(deltas, trim=TRIM),
-        "clip_delta_sd": float(deltas.std()),
+        **clip_difference(scores.ours - scores.float32),
+        "clip_delta_sd": float((scores.ours - scores.float32).std()),
         "psnr_db": float(scores.psnr_db.mean()),
     }
 
 
-def _run(args: argparse.Namespace, bundle: Bundle, plan: dict[str, Any]) -> dict[str, Any]:
+def _run(
+    args: argparse.Namespace, bundle: Bundle, reference: Bundle, plan: dict[str, Any]
+) -> dict[str, Any]:
     """Returns what a run's scores follow from."""
-    torch_on = f"the model in torch {torch.__version__} on {args.device}"
+    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    by_torch = f"the model in torch {torch.__version__} on {device}"
+    by_graphs = f"graphs {reference.graphs_sha256()}"
     return {
         "plan": plan,
-        "bundle": str(args.bundle),
-        "float32": str(args.reference) if args.device is None else torch_on,
+        "ours": f"graphs {bundle.graphs_sha256()}",
+        "float32": by_graphs if args.device is None else by_torch,
+        "cq_edge": __version__,
         **bundle.manifest.conditions,
         "guidance_scale": bundle.manifest.defaults.guidance_scale,
         **machine_conditions(bundle.manifest.graph("denoise").backend, 1),

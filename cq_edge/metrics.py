@@ -120,7 +120,7 @@ def trimmed_mean(values: NDArray[np.floating], trim: float) -> float:
 
     Args:
         values: (N,), 1 or more.
-        trim: The share of each end; of N values the whole number below.
+        trim: The share of each end, rounded down to whole values.
     """
     if not trim:
         return float(values.mean())
@@ -147,7 +147,7 @@ def mean_interval(
         raise UsageError(f"values of shape {values.shape} have no interval: give (N,) finite ones")
     rng = np.random.default_rng(0)
     drawn = (rng.choice(values, len(values)) for _ in range(10_000))
-    means = np.array([trimmed_mean(values, trim) for values in drawn])
+    means = np.array([trimmed_mean(resample, trim) for resample in drawn])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

@@ -104,11 +104,12 @@ def denoise(
         latents: (1, 4, h, w) float32: noise times `noise_scheduler.init_noise_sigma`.
         guidance: The prompts' embeddings and the scale.
         reuse_table: Holds the corrections of the shallow steps, which need it, and how far
-            forecasts follow their line; without it full steps take no share of them.
+            forecasts follow their line.
         noise: Standard normal noise of the latents' shape, as often as it is asked for; only
             noise schedulers with `fresh_noise` ask.
         shares: (T,), 0 to 1: how much of each step's noise prediction is the forecast's; 0 at the
-            first. Without them the table's, of full steps that follow a computed one.
+            first. Without them the table's, of full steps that follow a computed one; without
+            a table none.
 
     Returns:
         An iterator of T records. Stopping early is allowed and leaves nothing behind.

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from apps.ablation import gain_cell, gains
+from apps.ablation import PARTIAL, gain_cell, gains
 from cq_edge.metrics import mean_interval
 
 PAPERS = {
@@ -40,3 +40,7 @@ def test_the_interval_is_of_paired_captions():
 def test_a_schedule_that_was_not_drawn_in_every_way_is_left_out():
     assert [row["schedule"] for row in gains(OURS)] == ["ours"]
     assert gains({name: OURS[name] for name in ("ours", "ours, no correction")}) == []
+
+
+def test_ways_that_lack_a_half_are_partial():
+    assert set(PAPERS | OURS) - PARTIAL == {"naive, corrected", "ours"}

@@ -10,7 +10,8 @@ import pytest
 from apps.ablation import gain_cell
 from apps.cli import main
 from apps.evaluate import _TIMED_CAPTIONS as TIMED
-from apps.evaluate import _same
+from apps.evaluate import Variant, _same
+from apps.frontier_margin import margins
 from apps.kept_pictures import KeptPictures
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.forecast_share import plan_shares
@@ -47,6 +48,13 @@ def evaluate(home, monkeypatch, capsys):
 def test_every_way_is_compared_with_float32(evaluate, monkeypatch):
     call, profile = evaluate
     monkeypatch.setattr("apps.evaluate._FRONTIER_SPEEDUPS", (2.0, 4.0))
+    compared = []
+
+    def watched(ours, others):
+        compared.append(set(others))
+        return margins(ours, others)
+
+    monkeypatch.setattr("apps.evaluate.margins", watched)
     code, out, _ = call(
         "--captions", "3", "--frontier-captions", "2", "--speedup", "2",
         "--json", "report.json", "--html", "report.html",
@@ -62,9 +70,7 @@ def test_every_way_is_compared_with_float32(evaluate, monkeypatch):
         assert rows[name]["ssim"] == pytest.approx(1)
         assert rows[name]["plan"]["full"] == 10
     assert rows["float32"]["loop_speedup"] == 1
-    assert (
-        rows["ours"]["clip_delta_trimmed"] == rows["ours"]["clip_delta"]
-    )  # of so few, none is left out
+    assert rows["ours"]["clip_delta_trimmed_ci"] is None  # of so few
     assert rows["ours"]["psnr_db"] < rows["float32"]["psnr_db"]
     frontier = plan_frontier([reuse_table()], profile, 2, NoiseScheduleConfig())
     best = best_within_loop_ms(frontier, 2 * 100 / 2, profile, 2, NoiseScheduleConfig())
@@ -77,19 +83,29 @@ def test_every_way_is_compared_with_float32(evaluate, monkeypatch):
     assert len(report["frontier"]) == 2 * len(NAMES[4:])
     page = Path("report.html").read_text()
     assert all(f"<td>{name}</td>" in page for name in NAMES)
-    gained = report["ablation"]
-    assert [row["captions"] for row in gained] == [3, 3] + [2] * 4
-    assert [row["schedule"] for row in gained] == ["the paper's", "ours"] * 3
-    assert gained[0]["both_db"] == pytest.approx(
-        rows["naive, corrected"]["psnr_db"] - rows["naive"]["psnr_db"]
-    )
-    assert gained[1]["cache_db"] == pytest.approx(
-        rows["ours"]["psnr_db"] - rows["ours, quantisation alone"]["psnr_db"]
-    )
-    assert f"<td>{gain_cell(gained[1], 'both')}</td>" in page
-    assert gain_cell(gained[-1], "cache") in out
+    each = len(NAMES[4:])
+    for gained, drawn, captions in (
+        (report["ablation"], report["variants"][4:], 3),
+        (report["frontier_ablation"][:2], report["frontier"][:each], 2),
+        (report["frontier_ablation"][2:], report["frontier"][each:], 2),
+    ):
+        papers, ours = gained
+        assert (papers["schedule"], ours["schedule"]) == ("the paper's", "ours")
+        assert papers["captions"] == ours["captions"] == captions
+        at = {row["name"]: row for row in drawn}
+        assert papers["loop_speedup"] == at["naive, corrected"]["loop_speedup"]
+        assert ours["loop_speedup"] == at["ours"]["loop_speedup"]
+        psnrs_db = {name: row["psnr_db"] for name, row in at.items()}
+        expected = psnrs_db["naive, corrected"] - psnrs_db["naive"]
+        assert papers["both_db"] == pytest.approx(expected)
+        expected = psnrs_db["ours"] - psnrs_db["ours, quantisation alone"]
+        assert ours["cache_db"] == pytest.approx(expected)
+        cells = [gain_cell(ours, gain) for gain in ("cache", "quantisation", "both")]
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+        assert " ".join(f"{cell:>25}" for cell in cells) in out
+    assert len(report["frontier_ablation"]) == 4
     margins_db = report["frontier_margins_db"]
-    assert not any(row["next"].startswith("ours") for row in margins_db)
+    assert compared == [{"naive, corrected", *NAMES[-3:]}]
     for row in margins_db:
         line = f"<td>{row['loop_speedup']:.2f}</td><td>{row['difference']:+.2f}</td>"
         assert f"<tr><td>{row['next']}</td>{line}" in page
@@ -266,3 +282,29 @@ def test_ctrl_c_compares_the_captions_that_were_drawn_in_every_way(
         assert report["conditions"]["interrupted"]
         assert report["variants"][1]["ssim"] < 1
         assert not report["frontier"]
+
+
+@pytest.mark.parametrize(("whole", "points"), [(2, 2), (1, 0)])
+def test_ctrl_c_along_the_frontier_loses_nothing_of_the_table(evaluate, monkeypatch, whole, points):
+    call, _ = evaluate
+    monkeypatch.setattr("apps.evaluate._FRONTIER_SPEEDUPS", (2.0, 4.0))
+    monkeypatch.setattr("apps.evaluate._planned_ways", one_way)
+    pictures = iter(range(2 * 3 + 3 * whole + 1))
+
+    def until_ctrl_c(*given):
+        if next(pictures, None) is None:
+            raise KeyboardInterrupt
+        return draw(*given)
+
+    monkeypatch.setattr("apps.evaluate.draw", until_ctrl_c)
+    words = ["--only", "quantised only", "--captions", "3", "--frontier-captions", "3"]
+    assert call(*words, "--json", "report.json")[0] == 0
+    report = json.loads(Path("report.json").read_text())
+    assert report["conditions"]["captions"] == 3
+    assert report["conditions"]["frontier_captions"] == (whole if points else 0)
+    assert report["conditions"]["interrupted"]
+    assert len(report["frontier"]) == points
+
+
+def one_way(ours, plan, _):
+    return [Variant("ours", ours.plan(plan))]

@@ -1,4 +1,3 @@
-import json
 from argparse import Namespace
 from dataclasses import replace
 from itertools import islice
@@ -7,17 +6,32 @@ import numpy as np
 import pytest
 import torch
 
+from apps.engines import ENGINES, engine_for
 from apps.evaluate import SCENES_SEED
-from benchmarks.clip_interval import _chunks, _float32, _line, _read, _result, _Scores
+from benchmarks.clip_interval import (
+    _added,
+    _Chunk,
+    _chunks,
+    _count,
+    _float32,
+    _Process,
+    _read,
+    _result,
+    _Scores,
+)
+from cq_edge.cache_schedule import CacheSchedule
+from cq_edge.errors import UsageError
 from cq_edge.metrics import mean_interval
 from cq_edge.model.graphs import DecodeGraph
 from cq_edge.model.load import load_pipeline
 from cq_edge.model.plan_trial import final_latents
+from cq_edge.model.scorer import Scorer
 from cq_edge.model.trajectory import Loop
 from cq_edge.noise_scheduler import make_noise_scheduler
 from cq_edge.scenes import scenes
 from runtime.bundle import open_bundle
-from tests.tiny_bundle import captions, write_bundle
+from runtime.draw import draw, planned
+from tests.tiny_bundle import FakeEngine, captions, write_bundle
 
 
 @pytest.fixture
@@ -69,15 +83,12 @@ def part(scores, of):
 def test_the_interval_is_of_all_differences_in_a_file_and_of_each_run(scores, tmp_path):
     file = tmp_path / "scores.jsonl"
     assert _read(file) == []
-    lines = [
-        json.dumps({"run": {"plan": "one"}}),
-        _line(part(scores, slice(16))),
-        _line(part(scores, slice(16, 32))),
-        json.dumps({"run": {"plan": "stopped before it found anything"}}),
-        json.dumps({"run": {"plan": "two"}}),
-        _line(part(scores, slice(32, 48))),
-    ]
-    file.write_text("\n".join(lines) + "\n")
+    first = [part(scores, slice(16)), part(scores, slice(16, 32))]
+    assert list(_added(file, {"plan": "one"}, 0, first)) == first
+    assert list(_added(file, {"plan": "found nothing"}, 32, [])) == []
+    with file.open("a") as lines:
+        lines.write('{"first": 32, "float32": [90.0, 9')  # where a run was killed
+    list(_added(file, {"plan": "two"}, _count(_read(file)), [part(scores, slice(32, 48))]))
     result = _result(_read(file))
     deltas = scores.ours - scores.float32
     assert result["captions"] == 48
@@ -89,14 +100,50 @@ def test_the_interval_is_of_all_differences_in_a_file_and_of_each_run(scores, tm
     assert two["clip_delta_ci"] == pytest.approx(mean_interval(deltas[32:]), abs=1e-3)
 
 
+def test_scores_are_in_the_file_before_the_next_are_drawn(scores, tmp_path):
+    file, parts = tmp_path / "scores.jsonl", [part(scores, slice(16)), part(scores, slice(16, 48))]
+    for seen, _ in enumerate(_added(file, {}, 0, parts), 1):
+        assert _count(_read(file)) == (16, 48)[seen - 1]
+
+
+def test_captions_that_are_missing_or_stand_twice_are_refused(scores, tmp_path):
+    file = tmp_path / "scores.jsonl"
+    list(_added(file, {}, 0, [part(scores, slice(16))]))
+    list(_added(file, {}, 8, [part(scores, slice(16, 32))]))
+    with pytest.raises(UsageError, match="line 4: captions from 16 on are missing or stand twice"):
+        _read(file)
+    with pytest.raises(UsageError, match="no caption was drawn"):
+        _result([])
+
+
+def test_a_process_draws_both_sides_with_their_seeds_and_keeps_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENGINES, "xnnpack", FakeEngine)
+    folder = write_bundle(tmp_path / "bundle")
+    reference = write_bundle(tmp_path / "float32", quantization="none")
+    plan = {"noise_scheduler": "ddim", "steps": 10, "modes": "FSKKFSKKFF"}
+    process = _Process(folder, reference, plan, tmp_path / "kept")
+    chunk = _Chunk(7, captions(2))
+    found = process.compare(chunk)
+    bundle = open_bundle(folder)
+    schedule = CacheSchedule.from_string(plan["modes"])
+    table = bundle.reuse_table("ddim", 10)
+    method = planned(bundle, engine_for(bundle, 1), table, schedule)
+    ours = [draw(method, caption, seed).picture for seed, caption in enumerate(captions(2), 7)]
+    scores = Scorer.load().clip_scores(np.stack(ours), captions(2))
+    np.testing.assert_allclose(found.ours, scores, rtol=1e-5)
+    assert (found.psnr_db < 90).all()
+    assert len(list((tmp_path / "kept").rglob("00000[78].png"))) == 4
+    again = process.compare(chunk)
+    np.testing.assert_allclose(again.float32, found.float32, rtol=1e-5)
+    given = _Process(folder, None, plan, None).compare(_Chunk(7, captions(2), np.stack(ours)))
+    np.testing.assert_allclose(given.float32, found.ours, rtol=1e-5)
+
+
 def test_a_run_goes_on_after_the_last_caption(bundle):
     args = Namespace(captions=38, device=None)
     chunks = list(_chunks(bundle, 5, args))
-    assert [(chunk.first_seed, len(chunk.captions)) for chunk in chunks] == [
-        (5, 16),
-        (21, 16),
-        (37, 1),
-    ]
+    assert [chunk.first_seed for chunk in chunks] == [5, 21, 37]
+    assert [len(chunk.captions) for chunk in chunks] == [16, 16, 1]
     told = [caption for chunk in chunks for caption in chunk.captions]
     world = islice(scenes(SCENES_SEED, held_out=True), 38)
     assert told == [scene.caption() for scene in world][5:]
