@@ -229,6 +229,18 @@ def test_layers_that_went_wrong_are_mended_after_the_feature_is():
             assert found.quantisation.bias[channel] == pytest.approx(bias, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.parametrize(("tenth", "whole"), [(0.1, 1), (0.34, 2.04)])
+def test_changes_of_features_over_many_steps_go_on_less_than_fits_best(monkeypatch, tenth, whole):
+    def weights(steady):
+        monkeypatch.setattr("cq_edge.model.capture._STEADY", steady)
+        return _captured(Graphs(_Recorder(2, 2), _shallow), prompts=2).table.feature_weight
+
+    best, kept = weights(1.0), weights(tenth)
+    back = np.maximum(np.arange(best.shape[1]), 1)[:, None]
+    np.testing.assert_allclose(kept, best * np.minimum(1, whole / back), rtol=1e-6)
+    assert (np.abs(best[:, 3:]) > 1e-3).any()
+
+
 def test_forecasts_go_on_as_far_as_leaves_the_least_error():
     recorder, scale = _Recorder(2, 2), 3.0
     predictions = []
