@@ -11,7 +11,7 @@ ALSO := --also dpmsolver++:12 --also dpmsolver++:16 --also dpmsolver++:20
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo figures evaluate full-size rivals test test-all lint train-demo-model clean
+.PHONY: help setup demo figures evaluate clip-interval full-size rivals test test-all lint train-demo-model clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -51,6 +51,10 @@ evaluate: setup ## compare smaller bundles with float32 and rank plans (out/eval
 		--speedup 8 --captions 64 --frontier-captions 0 --json docs/evaluation_8x_6x.json --force
 	$(BIN)/python -m benchmarks.plan_ranking $(EVALUATE)/bundle --reference $(EVALUATE)/float32 \
 		--captions 12 --threads 1
+
+clip-interval: setup ## add captions to the CLIP interval of the evaluated plan, run after run (docs/clip_scores.json)
+	$(BIN)/python -m benchmarks.clip_interval $(EVALUATE)/bundle --reference $(EVALUATE)/float32 \
+		--evaluation docs/evaluation.json --scores docs/clip_scores.jsonl --json docs/clip_scores.json
 
 full-size: setup ## what a model of Stable Diffusion 1.5's size takes (docs/benchmarks.md; 6 GB of disk)
 	$(BIN)/python -m tools.random_pipeline sd15 out/models/sd15 --force
