@@ -28,7 +28,7 @@ _PAIRS = {
 }
 """Of each schedule the ways without and with what is gained by, as `ORDER` says."""
 PARTIAL = frozenset(without for pairs in _PAIRS.values() for without, _ in pairs.values())
-"""The ways that lack a half of the correction, or both."""
+"""The ways of these that lack a half of the correction, or both: drawn for the ablation alone."""
 
 
 def gains(ways: Mapping[str, tuple[float, NDArray[np.float64]]]) -> list[dict[str, Any]]:

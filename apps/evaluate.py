@@ -459,7 +459,7 @@ def _frontier(
 ) -> tuple[int, dict[str, list[dict[str, Any]]]]:
     """Returns how many of the captions were drawn, and of the report what lies along the frontier:
     quality against speed-up (all that is compared at equal time, at six speeds), the `margins` of
-    the PSNR in dB over the ways that have the whole correction or none, and `gains`."""
+    the PSNR in dB over the other ways but those of the ablation alone, and `gains`."""
     whole = reference.loop_ms(reference.full)
     base = Variant("float32", reference.make(ours.table.steps, reference.full, None))
     budgets = [whole / speedup for speedup in _FRONTIER_SPEEDUPS]
