@@ -12,6 +12,15 @@ runs; each run has its own beside it.
         --json docs/clip_scores.json
 
 With `--device cuda` the model itself draws float32's pictures, in torch, in batches.
+
+Where float32's mean over the captions is known of an earlier run, whatever its plan, `--ours-alone`
+draws the bundle's pictures alone, in a third of the time. `--known` then tells how far their mean
+is from that one. Captions with both scores still decide the interval's width, which narrows with
+the root of the captions:
+
+    python -m benchmarks.clip_interval out/evaluate/bundle --reference out/evaluate/float32 \
+        --evaluation docs/evaluation.json --scores docs/clip_scores.jsonl --captions 15232 \
+        --ours-alone --known docs/clip_interval.json --json docs/clip_scores.json
 """
 
 import argparse
@@ -39,7 +48,7 @@ from apps.model_options import DEMO_NAME
 from cq_edge import __version__
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import UsageError
-from cq_edge.metrics import finite_psnr_db
+from cq_edge.metrics import finite_psnr_db, mean_interval
 from cq_edge.model.graphs import DecodeGraph
 from cq_edge.model.load import load_pipeline
 from cq_edge.model.scorer import Scorer
@@ -66,7 +75,8 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Scores:
-    """(N,) of captions: both CLIP scores, and in dB how near ours is to float32's picture."""
+    """(N,) of captions: both CLIP scores, and in dB how near ours is to float32's picture; NaN
+    where float32 was not drawn."""
 
     float32: NDArray[np.float64]
     ours: NDArray[np.float64]
@@ -92,6 +102,9 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=10_000, help="that FILE is to have then")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep pictures there and draw "
         "none of them again, as `evaluate` does")  # fmt: skip
+    parser.add_argument("--ours-alone", action="store_true", help="do not draw float32")
+    parser.add_argument("--known", type=Path, metavar="FILE", help="the result of a run over the "
+        "same captions, whose mean of float32 ours is compared with")  # fmt: skip
     parser.add_argument("--at-most-s", type=float, default=float("inf"), help="then stop")
     parser.add_argument("--device", help="of torch, to draw float32's pictures there")
     parser.add_argument("--batch", type=int, default=256, help="captions at once there")
@@ -113,7 +126,12 @@ def main() -> None:
         ):
             for scores in _added(args.scores, run, first, _drawn(chunks, args, plan)):
                 bar.update(len(scores.ours))
-    result = _result(_read(args.scores))
+    runs = _read(args.scores)
+    result = _result(runs)
+    if args.known is not None:
+        known = json.loads(args.known.read_text(encoding="utf-8"))
+        everything = _Scores.joined([scores for _, scores in runs])
+        result["known"] = _against_known(everything, known["captions"], known["clip_float32"])
     print(json.dumps(result, indent=2))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -144,7 +162,7 @@ def _drawn(
 ) -> Iterator[_Scores]:
     """Yields what is found, chunk by chunk in order, until the time is over."""
     until, context = monotonic() + args.at_most_s, multiprocessing.get_context("spawn")
-    reference = args.reference if args.device is None else None
+    reference = args.reference if args.device is None and not args.ours_alone else None
     started = (args.bundle, reference, plan, args.keep)
     _Process(*started)  # says here what is missing: a pool would start it again and again
     with context.Pool(args.processes, _start, started) as pool:
@@ -211,12 +229,14 @@ class _Process:
         self._kept = None if keep is None else KeptPictures(keep)
 
     def compare(self, chunk: _Chunk) -> _Scores:
-        """Draws a chunk's captions, float32's too where torch did not, and compares."""
+        """Draws a chunk's captions, float32's too where torch did not and there is a reference,
+        and compares."""
         ours, float32 = self._pictures(self._ours, chunk), chunk.pictures
-        if float32 is None:
-            if self._float32 is None:
-                raise ValueError("nothing draws float32's pictures: there is no reference")
+        if float32 is None and self._float32 is not None:
             float32 = self._pictures(self._float32, chunk)
+        if float32 is None:
+            nothing = np.full(len(ours), np.nan)
+            return _Scores(nothing, self._scorer.clip_scores(ours, chunk.captions), nothing)
         return _Scores(
             self._scorer.clip_scores(float32, chunk.captions),
             self._scorer.clip_scores(ours, chunk.captions),
@@ -267,8 +287,9 @@ def _added(
         for number, scores in enumerate(found):
             if number == 0:
                 print("\n" * torn + json.dumps({"run": run}), file=lines)
-            arrays = {f.name: getattr(scores, f.name).round(3).tolist() for f in fields(scores)}
-            print(json.dumps({"first": first} | arrays), file=lines, flush=True)
+            arrays = {f.name: getattr(scores, f.name) for f in fields(scores)}
+            drawn = {k: x.round(3).tolist() for k, x in arrays.items() if np.isfinite(x).all()}
+            print(json.dumps({"first": first} | drawn), file=lines, flush=True)
             first += len(scores.ours)
             yield scores
 
@@ -294,7 +315,8 @@ def _read(file: Path) -> list[tuple[dict[str, Any], _Scores]]:
             raise UsageError(
                 f"{file}, line {number}: captions from {captions} on are missing or stand twice"
             )
-        scores = _Scores(**{name: np.array(found[name]) for name in found})
+        nothing = np.full(len(found["ours"]), np.nan)
+        scores = _Scores(*(np.array(found.get(f.name, nothing)) for f in fields(_Scores)))
         captions += len(scores.ours)
         runs[-1][1].append(scores)
     return [(run, _Scores.joined(parts)) for run, parts in runs if parts]
@@ -318,13 +340,48 @@ def _result(runs: Sequence[tuple[dict[str, Any], _Scores]]) -> dict[str, Any]:
 
 
 def _interval(scores: _Scores) -> dict[str, Any]:
+    """Returns what the captions with both scores tell; of others ours' mean alone."""
+    both = np.isfinite(scores.float32)
+    if not both.any():
+        return {"captions": len(scores.ours), "clip_ours": float(scores.ours.mean())}
+    float32, ours = scores.float32[both], scores.ours[both]
     return {
-        "captions": len(scores.ours),
-        "clip_float32": float(scores.float32.mean()),
-        "clip_ours": float(scores.ours.mean()),
-        **clip_difference(scores.ours - scores.float32),
-        "clip_delta_sd": float((scores.ours - scores.float32).std()),
-        "psnr_db": float(scores.psnr_db.mean()),
+        "captions": len(ours),
+        "clip_float32": float(float32.mean()),
+        "clip_ours": float(ours.mean()),
+        **clip_difference(ours - float32),
+        "clip_delta_sd": float((ours - float32).std()),
+        "psnr_db": float(scores.psnr_db[both].mean()),
+    }
+
+
+def _against_known(scores: _Scores, captions: int, clip_float32: float) -> dict[str, Any]:
+    """Returns how far ours' mean over so many captions is from float32's, known of another run.
+
+    The mean of the differences is the difference of the means, whoever drew float32; what the
+    differences scatter by is that of the captions here that have both scores.
+
+    Raises:
+        UsageError: There are fewer captions, or none has both scores.
+    """
+    if len(scores.ours) < captions:
+        raise UsageError(
+            f"{len(scores.ours)} captions are drawn, and float32's mean is known over {captions}: "
+            "run this again to draw the rest"
+        )
+    delta = float(scores.ours[:captions].mean()) - clip_float32
+    both = np.isfinite(scores.float32)
+    deltas = (scores.ours - scores.float32)[both]
+    if not len(deltas):
+        raise UsageError("no caption has both scores: nothing tells how they scatter")
+    narrower = (len(deltas) / captions) ** 0.5
+    return {
+        "captions": captions,
+        "clip_float32": clip_float32,
+        "clip_ours": clip_float32 + delta,
+        "clip_delta": delta,
+        "clip_delta_ci": [delta + narrower * (x - deltas.mean()) for x in mean_interval(deltas)],
+        "captions_with_both": len(deltas),
     }
 
 
@@ -335,10 +392,13 @@ def _run(
     device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     by_torch = f"the model in torch {torch.__version__} on {device}"
     by_graphs = f"graphs {reference.graphs_sha256()}"
+    drawn_by = by_torch if args.device is not None else by_graphs
+    if args.ours_alone:
+        drawn_by = "not drawn"
     return {
         "plan": plan,
         "ours": f"graphs {bundle.graphs_sha256()}",
-        "float32": by_graphs if args.device is None else by_torch,
+        "float32": drawn_by,
         "cq_edge": __version__,
         **bundle.manifest.conditions,
         "guidance_scale": bundle.manifest.defaults.guidance_scale,
