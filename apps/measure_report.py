@@ -156,7 +156,7 @@ def _plot_runs(measurement: Measurement) -> bytes:
     from matplotlib.figure import Figure
 
     times = counted_ms(measurement.runs)
-    figure = Figure(figsize=(3.2 * len(times), 5.5))
+    figure = Figure(figsize=(3.2 * len(times), 5.5), layout="constrained")
     axes = figure.subplots(2, len(times))
     for (above, below), (graph, taken) in zip(axes.T, times.items(), strict=True):
         above.plot(taken, ".", markersize=3)
@@ -172,7 +172,7 @@ def _plot_sustained(measurement: Measurement) -> bytes:
     """Returns a PNG: what the full graph took over the seconds of the sustained run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3))
+    figure = Figure(figsize=(10, 3), layout="constrained")
     axis = figure.subplots()
     axis.plot(*zip(*measurement.sustained, strict=True), ".", markersize=3)
     axis.set(xlabel="s", ylabel="ms of denoise", ylim=(0, None))

@@ -1,7 +1,9 @@
 """How far cached features and noise predictions go on as they changed last.
 
 Runs captions that calibration never saw with the full graph at every step, and forecasts each
-step's guided noise prediction, and its cached features, from steps before it that lie evenly:
+step's guided noise prediction, and its cached features, from steps before it that lie evenly. Then
+draws the captions with every n-th step full and the others shallow, whose features go on less and
+further than the bundle's table says:
 
     cq-edge build -o out/demo/bundle
     python -m benchmarks.forecasts out/demo/bundle     # writes docs/forecasts.md
@@ -9,6 +11,7 @@ step's guided noise prediction, and its cached features, from steps before it th
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,15 +21,22 @@ from tqdm import tqdm
 
 from apps.engines import engine_for
 from benchmarks.full_loop import full_loop, prompt_contexts
+from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.forecast import Forecast, Weights
+from cq_edge.metrics import finite_psnr_db
 from cq_edge.model.capture import MAX_SKIP
+from cq_edge.reuse_table import ReuseTable
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
+from runtime.draw import Method, draw
+from runtime.engine import Engine
 
 _SCENES_SEED = 50_000_001
 _ORDERS = {"taken again": 0, "line": 1, "parabola": 2}
 _FIRST = 20  # the first step that every order reaches at most gaps
 _FEATURE_GAPS = (1, 2, 4, 6)
+_FULL_EVERY = (3, 5, 7, 10)
+_AS_FAR = {"taken again": 0.0, "half as far": 0.5, "as built": 1.0, "1.5 times": 1.5, "twice": 2.0}
 Values = NDArray[np.float32]
 """(captions, T, …): of every step."""
 Way = Callable[[Values, int, int], NDArray[np.float64]]
@@ -46,7 +56,8 @@ def main() -> None:
     args.docs.mkdir(parents=True, exist_ok=True)
     bundle = open_bundle(args.bundle)
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
-    predictions, features, sigmas = _run(bundle, captions, args.threads)
+    engine = engine_for(bundle, args.threads)
+    predictions, features, sigmas = _run(engine, bundle, captions)
     defaults = bundle.manifest.defaults
     table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
     text = "\n".join(
@@ -71,10 +82,19 @@ def main() -> None:
             "one, as a share of taking that one again; computed steps lie evenly. Noise "
             "predictions are guided, and weighted by what an error does to the final latents. "
             "*Fitted* is the runtime's: the last change goes on as far as calibration, on other "
-            f"captions, found best for each three steps. {len(captions)} held-out captions and "
+            "captions, found best for each three steps (of features, less where it is over more "
+            f"than a tenth of the loop). {len(captions)} held-out captions and "
             f"seeds, {defaults.noise_scheduler.upper()} {defaults.steps} steps, guidance "
             f"{defaults.guidance_scale:g}, {bundle.manifest.conditions['quantization']}, UNet "
             f"{bundle.manifest.conditions['unet_compression']:.2f} times smaller than float32.",
+            "",
+            *_in_loops(engine, bundle, table, captions),
+            "",
+            "PSNR in dB, against the bundle's own pictures with every step full, of the same "
+            "captions and seeds with every n-th step full and the others shallow, whose cached "
+            "features go on by so much of what the table says, and are then corrected as built; "
+            "no means with forecasts. What is best here says how far features should go on in "
+            "loops that reuse, whose latents lag behind those that calibration fits on.",
             "",
         ]
     )
@@ -83,10 +103,9 @@ def main() -> None:
 
 
 def _run(
-    bundle: Bundle, captions: Sequence[str], threads: int | None
+    engine: Engine, bundle: Bundle, captions: Sequence[str]
 ) -> tuple[Values, Values, NDArray[np.float64]]:
     """Returns every step's guided noise predictions and the branches' features, and its sigma."""
-    engine = engine_for(bundle, threads)
     loop = full_loop(engine, bundle)
     predictions, features = [], []
     for number, caption in enumerate(tqdm(captions, desc="captions")):
@@ -94,6 +113,34 @@ def _run(
         predictions.append([visit.noise_pred.numpy() for visit in visits])
         features.append([np.concatenate([f.numpy() for f in visit.features]) for visit in visits])
     return np.array(predictions), np.array(features), np.array(loop.noise_scheduler.sigmas)
+
+
+def _in_loops(
+    engine: Engine, bundle: Bundle, table: ReuseTable, captions: Sequence[str]
+) -> list[str]:
+    """Returns a table of how near schedules that reuse draw, by how far features go on."""
+    total, cached = len(table.timesteps), table.without_corrections(cache=False)
+
+    def method(schedule: CacheSchedule, used: ReuseTable | None) -> Method:
+        return Method(bundle, engine, table.steps, schedule, used)
+
+    full = method(CacheSchedule.all_full(total), None)
+    weights = [(table.feature_weight * far).astype(np.float32) for far in _AS_FAR.values()]
+    ways = [
+        method(CacheSchedule.uniform(total, n), replace(cached, feature_weight=w))
+        for n in _FULL_EVERY
+        for w in weights
+    ]
+    found = []
+    for seed, caption in enumerate(tqdm(captions, desc="loops")):
+        expected = draw(full, caption, seed).picture
+        found.append([finite_psnr_db(expected, draw(w, caption, seed).picture) for w in ways])
+    rows = np.mean(found, axis=0).reshape(len(_FULL_EVERY), len(weights))
+    lines = ["| features go on | " + " | ".join(_AS_FAR) + " |",
+             "| --- |" + " ---: |" * len(weights)]  # fmt: skip
+    for n, row in zip(_FULL_EVERY, rows, strict=True):
+        lines.append(f"| every step in {n} full | " + " | ".join(f"{x:.1f}" for x in row) + " |")
+    return lines
 
 
 def _ways(sigmas: NDArray[np.float64], weights: Weights) -> Mapping[str, Way]:

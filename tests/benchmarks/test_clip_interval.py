@@ -10,6 +10,7 @@ from apps.engines import ENGINES, engine_for
 from apps.evaluate import SCENES_SEED
 from benchmarks.clip_interval import (
     _added,
+    _against_known,
     _Chunk,
     _chunks,
     _count,
@@ -106,6 +107,29 @@ def test_scores_are_in_the_file_before_the_next_are_drawn(scores, tmp_path):
         assert _count(_read(file)) == (16, 48)[seen - 1]
 
 
+def test_captions_of_ours_alone_count_where_float32s_mean_is_known(scores, tmp_path):
+    file, nothing = tmp_path / "scores.jsonl", np.full(32, np.nan)
+    both, alone = part(scores, slice(16)), _Scores(nothing, scores.ours[16:], nothing)
+    list(_added(file, {"plan": "both"}, 0, [both]))
+    list(_added(file, {"plan": "ours"}, 16, [alone]))
+    runs = _read(file)
+    result, deltas = _result(runs), both.ours - both.float32
+    assert (_count(runs), result["captions"]) == (48, 16)
+    assert result["clip_delta"] == pytest.approx(deltas.mean(), abs=1e-3)
+    assert result["runs"][1]["clip_ours"] == pytest.approx(alone.ours.mean(), abs=1e-3)
+    everything = _Scores.joined([found for _, found in runs])
+    known = _against_known(everything, 48, float(scores.float32.mean()))
+    assert known["clip_delta"] == pytest.approx((scores.ours - scores.float32).mean(), abs=1e-3)
+    low, high = known["clip_delta_ci"]
+    whole = np.subtract(*mean_interval(deltas)[::-1])
+    assert high - low == pytest.approx(whole / np.sqrt(3), abs=1e-3)
+    assert low < known["clip_delta"] < high
+    with pytest.raises(UsageError, match=r"48 captions are drawn, and .* over 49: run this again"):
+        _against_known(everything, 49, 90.0)
+    with pytest.raises(UsageError, match="no caption has both scores"):
+        _against_known(alone, 32, 90.0)
+
+
 def test_captions_that_are_missing_or_stand_twice_are_refused(scores, tmp_path):
     file = tmp_path / "scores.jsonl"
     list(_added(file, {}, 0, [part(scores, slice(16))]))
@@ -135,6 +159,9 @@ def test_a_process_draws_both_sides_with_their_seeds_and_keeps_them(tmp_path, mo
     assert len(list((tmp_path / "kept").rglob("00000[78].png"))) == 4
     again = process.compare(chunk)
     np.testing.assert_allclose(again.float32, found.float32, rtol=1e-5)
+    alone = _Process(folder, None, plan, None).compare(chunk)
+    np.testing.assert_allclose(alone.ours, scores, rtol=1e-5)
+    assert np.isnan([alone.float32, alone.psnr_db]).all()
     given = _Process(folder, None, plan, None).compare(_Chunk(7, captions(2), np.stack(ours)))
     np.testing.assert_allclose(given.float32, found.ours, rtol=1e-5)
 
