@@ -102,11 +102,12 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=10_000, help="that FILE is to have then")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep pictures there and draw "
         "none of them again, as `evaluate` does")  # fmt: skip
-    parser.add_argument("--ours-alone", action="store_true", help="do not draw float32")
     parser.add_argument("--known", type=Path, metavar="FILE", help="the result of a run over the "
         "same captions, whose mean of float32 ours is compared with")  # fmt: skip
     parser.add_argument("--at-most-s", type=float, default=float("inf"), help="then stop")
-    parser.add_argument("--device", help="of torch, to draw float32's pictures there")
+    by = parser.add_mutually_exclusive_group()
+    by.add_argument("--device", help="of torch, to draw float32's pictures there")
+    by.add_argument("--ours-alone", action="store_true", help="do not draw float32's")
     parser.add_argument("--batch", type=int, default=256, help="captions at once there")
     parser.add_argument("--processes", type=int, default=cores())
     parser.add_argument("--json", type=Path, help="write the result for programs")
