@@ -158,10 +158,6 @@ class MomentAccumulator:
         self._count += rows
         self._mean_x, self._mean_y, self._var_x, self._cov = mean_x, mean_y, var_x, cov
 
-    def product(self) -> float:
-        """Returns the sum of x·y over rows and channels."""
-        return float((self._cov + self._count * self._mean_x * self._mean_y).sum())
-
     def going_on(self, before: Self, between: Self, weight: float) -> "MomentAccumulator":
         """Returns the moments of x + weight·(x - w) with y, of a value w before x.
 

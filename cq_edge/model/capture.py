@@ -1,14 +1,14 @@
 """Calibration: runs the graphs over prompts and measures what reuse costs.
 
-Every prompt is run four times, with the full graph at every step. The first run compares the
-cached features of every anchor step i and later step k = i + gap: their L1 distance (the paper's
-objective), how far the feature goes on as it changed before, and the cache correction, which maps
-what is so forecast onto step k's best; forecasts of predictions are fitted on it too, and it tells
-how much of the full graph's noise is steady. The second fits the quantisation correction of the
-layers that consume the corrected feature. The third predicts each step k with the shallow graph
-from every feature i, and measures how far the guided noise prediction is from the float denoiser's;
-a half of the correction that hardly helps is dropped. The fourth runs the float graphs in their own
-loop, and measures what reuse alone errs by, and where that loop ends.
+Every prompt is run five times, with the full graph at every step. The first run is of the float
+graphs in their own loop: how far forecasts of features and predictions go on is fitted to it. In
+the second, of the graphs that ship, the cached features of every anchor step i and later step
+k = i + gap are compared: their L1 distance (the paper's objective), and the cache correction, which
+maps what is forecast of the feature onto step k's best; and it tells how much of the full graph's
+noise is steady. The third fits the quantisation correction of the layers that consume the corrected
+feature. The fourth predicts each step k with the shallow graph from every feature i, and measures
+how far the guided noise prediction is from the float denoiser's; a half of the correction that
+hardly helps is dropped. The fifth, of the float graphs again, measures what reuse alone errs by.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from cq_edge.correction import MomentAccumulator
 from cq_edge.errors import CalibrationError
 from cq_edge.forecast import Weights, expected_back
 from cq_edge.influence import noise_influence, reuse_influence
-from cq_edge.model.forecast_fit import ForecastRun, InnerProducts
+from cq_edge.model.float_run import float_run
 from cq_edge.model.reuse_alone import reuse_alone
 from cq_edge.model.reuse_trial import (
     Consumers,
@@ -38,13 +38,8 @@ from cq_edge.model.trajectory import Loop, Prompt, Visit
 from cq_edge.noise_scheduler import NoiseScheduler
 from cq_edge.reuse_table import ReuseTable
 
-RUNS = 4
+RUNS = 5
 """How often each prompt is run."""
-_STEADY = 0.1
-"""Of the loop's steps: changes of features over more go too far in a loop that reuses, whose
-latents lag, if they go on as fits a calibration run best. Looked at on the demo model over 24
-captions, which no command here repeats: with every tenth step full that costs 2.2 dB, with every
-seventh 0.4, and plans of mixed length 0 to 0.6; with every fifth or sixth nothing."""
 _WORTH_CORRECTING = 0.95
 """A correction that leaves more than this share of the error is dropped: it was fitted to the very
 prompts that it is tried on, and does a little worse on others."""
@@ -121,12 +116,14 @@ def capture(
     if not prompts:
         raise CalibrationError("calibration needs at least one prompt")
     total = len(noise_scheduler.timesteps)
+    max_gap = min(max_gap, total - 1)
     loop = Loop(shipped.full, noise_scheduler, latents_shape, guidance_scale, seed)
-    features = _FeatureRun(total, min(max_gap, total - 1), sampled_steps, loop.guided)
-    predictions = ForecastRun(total, min(MAX_SKIP, total - 1))
+    exact_loop = replace(loop, full=exact.full)
     # without guidance there is no negative prompt to leave out
-    furthest = 0 if guidance_scale == 1 else min(MAX_UNGUIDED, total - 1)
-    differences = ForecastRun(total, furthest)
+    unguided = 0 if guidance_scale == 1 else min(MAX_UNGUIDED, total - 1)
+    furthest = max_gap, min(MAX_SKIP, total - 1), unguided
+    fitted = float_run(exact_loop, prompts, furthest, on_step)
+    features = _FeatureRun(total, max_gap, sampled_steps, loop.with_guided)
     truths: dict[tuple[int, int], Tensor] = {}
     noise = np.zeros((total, total))
     for number, prompt in enumerate(prompts):
@@ -137,28 +134,17 @@ def capture(
             truths[number, visit.step] = truth
             off.append((visit.noise_pred - truth).numpy().ravel())
             features.take(visit, prompt)
-            predictions.take(visit.step, visit.noise_pred.numpy(), truth.numpy())
-            # an unguided step runs the prompt's branch, to which this is added
-            added = (guidance_scale - 1) * visit.difference
-            right = truth - (visit.noise_pred - added)
-            differences.take(visit.step, added.numpy(), right.numpy())
             on_step()
         errors = np.stack(off)
         noise += errors @ errors.T
-    feature, skip, unguided = features.weights(), predictions.weights(), differences.weights()
+    feature = fitted.feature_weight
     cache = features.corrections(feature)
     quantisation = fit_quantisation(loop, consumers, prompts, feature, cache, on_step)
     error, cache, quantisation = _worth_having(
         loop, shipped.shallow, prompts, truths, feature, cache, quantisation, on_step
     )
-    alone = reuse_alone(
-        replace(loop, full=exact.full),
-        exact.shallow,
-        prompts,
-        (feature, skip, unguided),
-        (cache, quantisation.identity()),
-        on_step,
-    )
+    halves = cache, quantisation.identity()
+    alone = reuse_alone(exact_loop, exact.shallow, prompts, feature, halves, on_step)
     noise_pred = _means(error, len(prompts))
     table = ReuseTable(
         noise_scheduler=noise_scheduler.name,
@@ -170,19 +156,19 @@ def capture(
         reuse_influence=reuse_influence(noise_scheduler),
         noise_pred=noise_pred,
         feature_l1=features.l1(),
-        shallow=alone.shallow,
-        skip=alone.skip,
-        unguided=alone.unguided,
+        shallow=alone,
+        skip=fitted.skip,
+        unguided=fitted.unguided,
         feature_weight=feature,
-        skip_weight=skip,
-        unguided_weight=unguided,
+        skip_weight=fitted.skip_weight,
+        unguided_weight=fitted.unguided_weight,
         forecast_share=np.zeros(noise_pred.shape, np.float32),
         gain=cache.gain,
         bias=cache.bias,
         output_gain=quantisation.gain,
         output_bias=quantisation.bias,
     )
-    finals = tuple(features.finals), alone.final_latents
+    finals = tuple(features.finals), fitted.final_latents
     return Calibration(table, tuple(features.samples), *finals, steady_share(noise))
 
 
@@ -238,41 +224,33 @@ def _means(squares: NDArray[np.float64], count: int) -> NDArray[np.float64]:
 
 
 class _FeatureRun:
-    """What the first run measures: of every (anchor, step) pair, and samples on the way."""
+    """What the second run measures: of every (anchor, step) pair, and samples on the way."""
 
     def __init__(
         self,
         total: int,
         max_gap: int,
         sampled_steps: int,
-        guided: Callable[[list[Tensor]], Tensor],
+        with_guided: Callable[[Sequence[Tensor]], list[Tensor]],
     ) -> None:
         self.max_gap = max_gap
         self.samples: list[StepSample] = []
         self.finals: list[NDArray[np.float32]] = []
         self._total = total
-        self._guided = guided
+        self._with_guided = with_guided
         # [k][d] is of steps k - d and k
         self._pairs = [
             [_PairSum() for _ in range(min(k, 2 * max_gap + 1) + 1)] for k in range(total)
         ]
         self._kept = set(np.linspace(0, total - 1, sampled_steps).round().astype(int).tolist())
-        # of this step and those before, the newest first: each branch's feature, and with guidance
-        # the guided one
+        # of this step and those before, the newest first, each with the guided one
         self._recent: list[NDArray[np.float32]] = []
 
     def take(self, visit: Visit, prompt: Prompt) -> None:
-        """Takes in the next step of a prompt's run.
-
-        Guidance multiplies what the branches' features differ by, and with it what a correction
-        fitted to the branches alone does to that. So their guided combination is fitted too.
-        """
+        """Takes in the next step of a prompt's run."""
         if visit.step == 0:
             self._recent = []
-        features = list(visit.features)
-        if len(features) > 1:
-            features.append(self._guided(features))
-        feature = torch.cat(features).numpy()
+        feature = torch.cat(self._with_guided(visit.features)).numpy()
         self._recent = [feature, *self._recent][: 2 * self.max_gap + 2]
         for pair, earlier in zip(self._pairs[visit.step], self._recent, strict=True):
             pair.add(earlier, feature)
@@ -280,18 +258,6 @@ class _FeatureRun:
             self._sample(visit, prompt)
         if visit.step == self._total - 1:
             self.finals.append(visit.after.numpy())
-
-    def weights(self) -> Weights:
-        """Returns (T, G+2, G+1) how far features go on: as fits best, but of a change over more
-        than a tenth of the loop's steps, and more than one, in proportion less."""
-        products = np.zeros((self._total, 2 * self.max_gap + 2))
-        for step, row in enumerate(self._pairs):
-            products[step, : len(row)] = [pair.moments.product() for pair in row]
-        fitted = InnerProducts(products, products, products[:, 0]).weights(self.max_gap)
-        back = np.maximum(np.arange(fitted.shape[1]), 1)[:, None]
-        kept = np.minimum(1, max(1, _STEADY * self._total) / back)
-        steady: Weights = fitted * kept.astype(np.float32)
-        return steady
 
     def corrections(self, weights: Weights) -> Corrections:
         """Returns the cache corrections of C channels, of features that are forecast."""

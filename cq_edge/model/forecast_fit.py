@@ -10,22 +10,18 @@ from cq_edge.forecast import Weights, expected_back
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InnerProducts:
-    """Sums over prompts, of T steps, of the products of two values, entry by entry; all may be
-    divided by one number, such as the count of entries.
+    """Sums over prompts, of T steps, of the products of two steps' values, entry by entry.
 
     Attributes:
-        values: (T, D+1): of what step k computed with what step k - d computed, at [k, d].
-        truths: (T, D+1): likewise of what would have been right at step k.
-        squares: (T,): of that with itself.
+        values: (T, D+1): of step k's value with that of step k - d, at [k, d]; all may be divided
+            by one number, such as the count of entries.
     """
 
     values: NDArray[np.float64]
-    truths: NDArray[np.float64]
-    squares: NDArray[np.float64]
 
     def weights(self, furthest: int) -> Weights:
         """Returns (T, R+2, R+1) the weights of least squared error up to `furthest`, R."""
-        total = len(self.squares)
+        total = len(self.values)
         fitted = np.zeros((total, furthest + 2, furthest + 1), np.float32)
         for step, back, gap in np.ndindex(fitted.shape):
             if 0 < back <= step and 0 < gap < total - step:
@@ -35,17 +31,16 @@ class InnerProducts:
 
     def left(self, weights: Weights) -> NDArray[np.float64]:
         """Returns (T, R+1) the squared errors that forecasts leave where computed steps lie
-        evenly, in the products' unit; column 0 is of what was computed, entries beyond the last
-        step are 0."""
-        total = len(self.squares)
+        evenly, in the products' unit; column 0 and entries beyond the last step are 0."""
+        total = len(self.values)
         errors = np.zeros((total, weights.shape[2]))
         for step, gap in np.ndindex(errors.shape):
-            if gap >= total - step:
+            if not 0 < gap < total - step:
                 continue
-            change = self.squares[step + gap] - 2 * self.truths[step + gap, gap]
-            errors[step, gap] = change + self.values[step, 0]
+            later = self.values[step + gap]
+            errors[step, gap] = later[0] - 2 * later[gap] + self.values[step, 0]
             back = expected_back(step, gap)
-            if gap and back:
+            if back:
                 weight = float(weights[step, back, gap])
                 product, expected = self._moved(step, back, gap)
                 errors[step, gap] += weight * (weight * expected - 2 * product)
@@ -53,7 +48,7 @@ class InnerProducts:
 
     def _moved(self, step: int, back: int, gap: int) -> tuple[float, float]:
         """Returns the products of the last change with what changes next, and with itself."""
-        later, values, before = self.truths[step + gap], self.values[step], step - back
+        later, values, before = self.values[step + gap], self.values[step], step - back
         product = later[gap] - later[gap + back] - values[0] + values[back]
         return product, values[0] - 2 * values[back] + self.values[before, 0]
 
@@ -64,24 +59,21 @@ class ForecastRun:
     def __init__(self, total: int, furthest: int) -> None:
         """Takes the number of steps, and the most steps that a forecast is to reach."""
         self._furthest = furthest
-        self._values, self._truths = np.zeros((2, total, 2 * furthest + 2))
-        self._squares = np.zeros(total)
-        self._recent: list[NDArray[np.float64]] = []  # what was computed, the newest first
+        self._values = np.zeros((total, 2 * furthest + 2))
+        self._recent: list[NDArray[np.floating]] = []  # of this step and before, the newest first
 
-    def take(self, step: int, value: NDArray[np.floating], truth: NDArray[np.floating]) -> None:
-        """Takes in the next step of a prompt's run: what was computed, and what is right."""
-        computed, right = (x.astype(np.float64).ravel() for x in (value, truth))
+    def take(self, step: int, value: NDArray[np.floating]) -> None:
+        """Takes in the next step of a prompt's run."""
+        exactly = value.astype(np.float64).ravel()
         earlier = self._recent if step else []
-        self._recent = [computed, *earlier][: self._values.shape[1]]
+        self._recent = [value.ravel(), *earlier][: self._values.shape[1]]
         for back, other in enumerate(self._recent):
-            self._values[step, back] += computed @ other / right.size
-            self._truths[step, back] += right @ other / right.size
-        self._squares[step] += right @ right / right.size
+            self._values[step, back] += exactly @ other / value.size
 
     @property
     def products(self) -> InnerProducts:
         """What was summed up."""
-        return InnerProducts(self._values, self._truths, self._squares)
+        return InnerProducts(self._values)
 
     def weights(self) -> Weights:
         """Returns (T, R+2, R+1), fitted to all that was taken in."""

@@ -212,11 +212,12 @@ def _outputs(
     loop: Loop, consumer: Consumer, visit: Visit, prompt: Prompt, features: Sequence[Tensor]
 ) -> list[Tensor]:
     """Returns what the layers make of each branch's feature, and with guidance of both."""
-    found = [
-        consumer(visit.seen, visit.timestep, *context, feature)
-        for context, feature in zip(loop.branches(prompt), features, strict=True)
-    ]
-    return [*found, loop.guided(found)] if len(found) > 1 else found
+    return loop.with_guided(
+        [
+            consumer(visit.seen, visit.timestep, *context, feature)
+            for context, feature in zip(loop.branches(prompt), features, strict=True)
+        ]
+    )
 
 
 def _rows(outputs: Sequence[Tensor]) -> NDArray[np.float32]:

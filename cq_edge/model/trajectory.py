@@ -79,6 +79,15 @@ class Loop:
         uncond, cond = predictions
         return uncond + self.guidance_scale * (cond - uncond)
 
+    def with_guided(self, of_branches: Sequence[Tensor]) -> list[Tensor]:
+        """Returns what there is of each branch, and with guidance their guided combination.
+
+        Guidance multiplies what branches differ by, and with it what is fitted to the branches
+        alone leaves of that. So their combination is fitted too.
+        """
+        found = list(of_branches)
+        return [*found, self.guided(found)] if len(found) > 1 else found
+
 
 def mean_square(x: Tensor) -> float:
     """Returns the mean of the squares."""

@@ -95,7 +95,6 @@ def test_the_moments_of_a_forecast_are_those_of_its_values(weight):
     fitted = fit_correction(x + weight * (x - before), y)
     np.testing.assert_allclose(found.gain, fitted.gain, rtol=1e-5)
     np.testing.assert_allclose(found.bias, fitted.bias, rtol=1e-5, atol=1e-4)
-    assert moments[0].product() == pytest.approx((x * y).sum())
 
 
 def test_large_means_do_not_drown_small_deviations():

@@ -232,13 +232,25 @@ def test_layers_that_went_wrong_are_mended_after_the_feature_is():
 @pytest.mark.parametrize(("tenth", "whole"), [(0.1, 1), (0.34, 2.04)])
 def test_changes_of_features_over_many_steps_go_on_less_than_fits_best(monkeypatch, tenth, whole):
     def weights(steady):
-        monkeypatch.setattr("cq_edge.model.capture._STEADY", steady)
+        monkeypatch.setattr("cq_edge.model.float_run._STEADY", steady)
         return _captured(Graphs(_Recorder(2, 2), _shallow), prompts=2).table.feature_weight
 
     best, kept = weights(1.0), weights(tenth)
     back = np.maximum(np.arange(best.shape[1]), 1)[:, None]
     np.testing.assert_allclose(kept, best * np.minimum(1, whole / back), rtol=1e-6)
     assert (np.abs(best[:, 3:]) > 1e-3).any()
+
+
+def test_forecasts_do_not_answer_to_noise_of_the_graphs_that_ship():
+    def noisy(latents, timestep, embeddings):
+        noise_pred, feature = _FLOAT(latents, timestep, embeddings)
+        noise = torch.sin(1e4 * latents)
+        return noise_pred + 0.3 * noise, feature + 0.3 * noise[:, [0, 1, 2, 3, 0, 1]]
+
+    shipped, exact = (_captured(Graphs(full, _shallow)).table for full in (noisy, _FLOAT))
+    assert not np.array_equal(shipped.gain, exact.gain, equal_nan=True)
+    for name in ("feature_weight", "skip_weight", "unguided_weight", "skip", "unguided"):
+        np.testing.assert_array_equal(getattr(shipped, name), getattr(exact, name))
 
 
 def test_forecasts_go_on_as_far_as_leaves_the_least_error():
@@ -376,13 +388,13 @@ def test_both_branches_run_where_there_is_guidance_and_one_where_there_is_none()
         Graphs(counted, _shallow),
         guidance_scale=2.0,
     )
-    assert len(calls) == (RUNS - 1) * 2 * _STEPS  # the last is the float denoiser's
+    assert len(calls) == (RUNS - 2) * 2 * _STEPS  # two are the float denoiser's
     calls.clear()
     _captured(
         Graphs(counted, _shallow),
         guidance_scale=1.0,
     )
-    assert len(calls) == (RUNS - 1) * _STEPS
+    assert len(calls) == (RUNS - 2) * _STEPS
 
 
 def test_progress_is_told_of_every_step_of_every_run():
