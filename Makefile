@@ -52,6 +52,7 @@ evaluate: setup ## compare smaller bundles with float32 and rank plans (out/eval
 		--speedup 8 --captions 64 --frontier-captions 0 --json docs/evaluation_8x_6x.json --force
 	$(BIN)/python -m benchmarks.plan_ranking $(EVALUATE)/bundle --reference $(EVALUATE)/float32 \
 		--captions 12 --threads 1
+	$(BIN)/python -m benchmarks.forecasts $(EVALUATE)/bundle --reference $(EVALUATE)/float32 --threads 1
 
 clip-interval: setup ## add captions to the CLIP interval of the evaluated plan, run after run (docs/clip_scores.json)
 	$(BIN)/python -m benchmarks.clip_interval $(EVALUATE)/bundle --reference $(EVALUATE)/float32 \

@@ -2,11 +2,14 @@
 
 Runs captions that calibration never saw with the full graph at every step, and forecasts each
 step's guided noise prediction, and its cached features, from steps before it that lie evenly. Then
-draws the captions with every n-th step full and the others shallow, whose features go on less and
-further than the bundle's table says:
+draws the captions with every n-th step full, and others shallow or skipped whose forecasts go on
+less and further than the bundle's table says:
 
     cq-edge build -o out/demo/bundle
-    python -m benchmarks.forecasts out/demo/bundle     # writes docs/forecasts.md
+    cq-edge build -o out/demo/float32 --quantization none
+    python -m benchmarks.forecasts out/demo/bundle --reference out/demo/float32
+
+writes docs/forecasts.md.
 """
 
 import argparse
@@ -20,8 +23,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from apps.engines import engine_for
+from apps.evaluate import require_same_model
 from benchmarks.full_loop import full_loop, prompt_contexts
-from cq_edge.cache_schedule import CacheSchedule
+from cq_edge.cache_schedule import CacheSchedule, Mode
 from cq_edge.forecast import Forecast, Weights
 from cq_edge.metrics import finite_psnr_db
 from cq_edge.model.capture import MAX_SKIP
@@ -35,7 +39,8 @@ _SCENES_SEED = 50_000_001
 _ORDERS = {"taken again": 0, "line": 1, "parabola": 2}
 _FIRST = 20  # the first step that every order reaches at most gaps
 _FEATURE_GAPS = (1, 2, 4, 6)
-_FULL_EVERY = (3, 5, 7, 10)
+_FULL_EVERY = {Mode.SHALLOW: (2, 3, 5, 7, 10), Mode.SKIP: (2, 3, 5)}
+_NAMES = {Mode.SHALLOW: "shallow", Mode.SKIP: "skipped"}
 _AS_FAR = {"taken again": 0.0, "half as far": 0.5, "as built": 1.0, "1.5 times": 1.5, "twice": 2.0}
 Values = NDArray[np.float32]
 """(captions, T, …): of every step."""
@@ -49,6 +54,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--reference", type=Path, required=True, help="the float32 bundle")
     parser.add_argument("--captions", type=int, default=16, help="each with its own seed")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
@@ -56,7 +62,10 @@ def main() -> None:
     args.docs.mkdir(parents=True, exist_ok=True)
     bundle = open_bundle(args.bundle)
     captions = [s.caption() for s in islice(scenes(_SCENES_SEED, held_out=True), args.captions)]
-    engine = engine_for(bundle, args.threads)
+    reference = open_bundle(args.reference)
+    require_same_model(reference, bundle)
+    # both before either loads a graph: graphs keep the thread pool they were loaded with
+    engine, exact = (engine_for(b, args.threads) for b in (bundle, reference))
     predictions, features, sigmas = _run(engine, bundle, captions)
     defaults = bundle.manifest.defaults
     table = bundle.reuse_table(defaults.noise_scheduler, defaults.steps)
@@ -82,19 +91,24 @@ def main() -> None:
             "one, as a share of taking that one again; computed steps lie evenly. Noise "
             "predictions are guided, and weighted by what an error does to the final latents. "
             "*Fitted* is the runtime's: the last change goes on as far as calibration, on other "
-            "captions, found best for each three steps (of features, less where it is over more "
-            f"than a tenth of the loop). {len(captions)} held-out captions and "
+            "captions, found best for each three steps of the float graphs in their own loop (of "
+            "features, less where it is over more than a tenth of that). What quantised layers "
+            f"round goes on with it, and counts here. {len(captions)} held-out captions and "
             f"seeds, {defaults.noise_scheduler.upper()} {defaults.steps} steps, guidance "
             f"{defaults.guidance_scale:g}, {bundle.manifest.conditions['quantization']}, UNet "
             f"{bundle.manifest.conditions['unet_compression']:.2f} times smaller than float32.",
             "",
-            *_in_loops(engine, bundle, table, captions),
+            *_in_loops(
+                Method(reference, exact, table.steps, _full(table), None),
+                Method(bundle, engine, table.steps, _full(table), None),
+                table,
+                captions,
+            ),
             "",
-            "PSNR in dB, against the bundle's own pictures with every step full, of the same "
-            "captions and seeds with every n-th step full and the others shallow, whose cached "
-            "features go on by so much of what the table says, and are then corrected as built; "
-            "no means with forecasts. What is best here says how far features should go on in "
-            "loops that reuse, whose latents lag behind those that calibration fits on.",
+            "PSNR in dB, against float32's pictures with every step full, of the same captions and "
+            "seeds with every n-th step full and the others shallow or skipped. Forecasts of "
+            "cached features, or of predictions, go on by so much of what the table says; features "
+            "are then corrected as built. Full steps are not averaged with forecasts.",
             "",
         ]
     )
@@ -115,32 +129,45 @@ def _run(
     return np.array(predictions), np.array(features), np.array(loop.noise_scheduler.sigmas)
 
 
+def _full(table: ReuseTable) -> CacheSchedule:
+    return CacheSchedule.all_full(len(table.timesteps))
+
+
 def _in_loops(
-    engine: Engine, bundle: Bundle, table: ReuseTable, captions: Sequence[str]
+    float32: Method, full: Method, table: ReuseTable, captions: Sequence[str]
 ) -> list[str]:
-    """Returns a table of how near schedules that reuse draw, by how far features go on."""
-    total, cached = len(table.timesteps), table.without_corrections(cache=False)
+    """Returns a table of how near schedules that reuse draw, by how far forecasts go on.
 
-    def method(schedule: CacheSchedule, used: ReuseTable | None) -> Method:
-        return Method(bundle, engine, table.steps, schedule, used)
-
-    full = method(CacheSchedule.all_full(total), None)
-    weights = [(table.feature_weight * far).astype(np.float32) for far in _AS_FAR.values()]
-    ways = [
-        method(CacheSchedule.uniform(total, n), replace(cached, feature_weight=w))
-        for n in _FULL_EVERY
-        for w in weights
-    ]
+    Args:
+        float32: What draws the pictures to compare with.
+        full: The bundle's, every step full.
+        table: Of its forecasts and corrections.
+        captions: Each drawn with its own seed.
+    """
+    rows = [(mode, n) for mode, counts in _FULL_EVERY.items() for n in counts]
+    ways = [_reusing(full, table, mode, n, far) for mode, n in rows for far in _AS_FAR.values()]
     found = []
     for seed, caption in enumerate(tqdm(captions, desc="loops")):
-        expected = draw(full, caption, seed).picture
+        expected = draw(float32, caption, seed).picture
         found.append([finite_psnr_db(expected, draw(w, caption, seed).picture) for w in ways])
-    rows = np.mean(found, axis=0).reshape(len(_FULL_EVERY), len(weights))
-    lines = ["| features go on | " + " | ".join(_AS_FAR) + " |",
-             "| --- |" + " ---: |" * len(weights)]  # fmt: skip
-    for n, row in zip(_FULL_EVERY, rows, strict=True):
-        lines.append(f"| every step in {n} full | " + " | ".join(f"{x:.1f}" for x in row) + " |")
+    lines = ["| forecasts go on | " + " | ".join(_AS_FAR) + " |",
+             "| --- |" + " ---: |" * len(_AS_FAR)]  # fmt: skip
+    means = np.mean(found, axis=0).reshape(len(rows), len(_AS_FAR))
+    for (mode, n), row in zip(rows, means, strict=True):
+        cells = " | ".join(f"{x:.1f}" for x in row)
+        lines.append(f"| one of {n} full, others {_NAMES[mode]} | {cells} |")
     return lines
+
+
+def _reusing(full: Method, table: ReuseTable, mode: Mode, every: int, far: float) -> Method:
+    """Returns a method with one step of so many full and the others in a mode, whose forecasts go
+    on by so much of what the table says, and no mean with forecasts."""
+    cached = table.without_corrections(cache=False)
+    column = "skip_weight" if mode is Mode.SKIP else "feature_weight"
+    weights = (getattr(table, column) * far).astype(np.float32)
+    modes = [mode if step % every else Mode.FULL for step in range(len(table.timesteps))]
+    scaled = replace(cached, **{column: weights})
+    return replace(full, schedule=CacheSchedule(tuple(modes)), table=scaled)
 
 
 def _ways(sigmas: NDArray[np.float64], weights: Weights) -> Mapping[str, Way]:
