@@ -2,9 +2,8 @@
 
 Cached features and noise predictions go on changing as they changed last: what is forecast is the
 last computed value, and a share of what it differs by from the last before it that was wholly
-computed. How large a share depends on which three steps these are; calibration fits it
-(docs/forecasts.md, `python -m benchmarks.forecasts`), and so says how much of a change is noise of
-quantised layers, which does not go on.
+computed. How large a share depends on which three steps these are; calibration fits it to the float
+graphs (docs/forecasts.md, `python -m benchmarks.forecasts`).
 """
 
 from dataclasses import dataclass

@@ -99,7 +99,8 @@ def capture(
     Args:
         shipped: `FullUNet` and `ShallowUNet`, or anything that is called as they are; what will
             be exported, so that its quantisation is part of what is measured.
-        exact: The float ones: what all errors are measured against, and reuse alone with.
+        exact: The float ones: what forecasts are fitted to, all errors are measured against, and
+            reuse alone with.
         consumers: The layers that the cached feature goes into.
         prompts: The embeddings to calibrate with.
         noise_scheduler: Of T steps.

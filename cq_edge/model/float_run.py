@@ -71,8 +71,8 @@ def float_run(
         _steady(features.weights()),
         skip,
         unguided,
-        predictions.products.left(skip) / len(prompts),
-        differences.products.left(unguided) / len(prompts),
+        predictions.left(skip) / len(prompts),
+        differences.left(unguided) / len(prompts),
         tuple(finals),
     )
 

@@ -40,7 +40,7 @@ def test_every_weight_is_the_least_squares_one(runs, taken):
 
 def test_what_is_left_is_what_forecasts_from_even_steps_err_by(runs, taken):
     weights = taken.weights()
-    left = taken.products.left(weights)
+    left = taken.left(weights)
     for step, gap in np.ndindex(left.shape):
         if gap == 0 or step + gap >= T:
             assert left[step, gap] == 0
