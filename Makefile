@@ -46,10 +46,10 @@ evaluate: setup ## compare smaller bundles with float32 and rank plans (out/eval
 	$(BIN)/cq-edge build -o $(EVALUATE)/bundle --compression 4.1 $(ALSO) --force
 	$(BIN)/cq-edge build -o $(EVALUATE)/small --compression 6 $(ALSO) --force
 	$(BIN)/cq-edge evaluate $(EVALUATE)/bundle --reference $(EVALUATE)/float32 --threads 1 \
-		--speedup 5.5 --frontier-captions 64 --json docs/evaluation.json --html $(EVALUATE)/report.html --force
+		--processes 2 --speedup 5.5 --frontier-captions 64 --json docs/evaluation.json --html $(EVALUATE)/report.html --force
 	$(BIN)/python -m benchmarks.frontier_figure docs/evaluation.json docs/frontier.png
 	$(BIN)/cq-edge evaluate $(EVALUATE)/small --reference $(EVALUATE)/float32 --threads 1 \
-		--speedup 8 --captions 64 --frontier-captions 0 --json docs/evaluation_8x_6x.json --force
+		--processes 2 --speedup 8 --captions 64 --frontier-captions 0 --json docs/evaluation_8x_6x.json --force
 	$(BIN)/python -m benchmarks.plan_ranking $(EVALUATE)/bundle --reference $(EVALUATE)/float32 \
 		--captions 12 --threads 1
 	$(BIN)/python -m benchmarks.forecasts $(EVALUATE)/bundle --reference $(EVALUATE)/float32 --threads 1

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from apps.ablation import GAINS, ORDER, PARTIAL, gain_cell, gains
 from apps.clip_difference import clip_difference
+from apps.draw_captions import TIMED_CAPTIONS, Found, draw_captions, picture_of
 from apps.engines import engine_for
 from apps.frontier_margin import margins
 from apps.kept_pictures import KeptPictures
@@ -31,7 +32,7 @@ from cq_edge.planner import Plan, best_within_loop_ms, plan_frontier
 from cq_edge.reuse_table import ReuseTable
 from cq_edge.scenes import Scene, scenes
 from runtime.bundle import Bundle, open_bundle
-from runtime.draw import Drawn, Method, draw, planned
+from runtime.draw import Drawn, Method, planned
 from runtime.engine import Engine
 from runtime.measure import measure_graphs
 
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 SCENES_SEED = 30_000_001
 _BEST_AT_FEW_STEPS = "dpmsolver++"
-_TIMED_CAPTIONS = 16
 _FRONTIER_SPEEDUPS = (2.0, 3.0, 4.0, 5.18, 6.0, 8.0)
 
 _DESCRIPTION = """\
@@ -48,7 +48,8 @@ Draws the same captions from the same seeds in every way that there is (float32 
 quantised, cached, both, each with and without corrections, a uniform cache, fewer steps) and
 compares speed, size and quality; then some of the captions in ours and in other ways at 2 to 8
 times the speed: quality against speed-up, how far ours is ahead of the best other way, and what
-each half of the correction gains. The ways take turns caption by caption, in one process.
+each half of the correction gains. The ways take turns caption by caption, in one process unless
+--processes has more draw what need not be timed.
 Differences of CLIP scores have two intervals: of the mean, which a few captions that tip into
 another picture decide, and, of 100 captions or more, of the mean without the 1 % of captions at
 either end, which says nothing of those that tip ("trimmed").
@@ -125,10 +126,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "repeatable (default: all). One way takes a quarter of the time, which is worth spending "
         "on more captions")  # fmt: skip
     add("--keep", type=Path, metavar="DIR", help="keep the captions' pictures there and draw none "
-        f"of them again, but the first {_TIMED_CAPTIONS} captions' for the time they take (the "
+        f"of them again, but the first {TIMED_CAPTIONS} captions' for the time they take (the "
         "frontier's are not kept; a plan that differs, as this run's times may have it, draws its "
         "own)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="(default: one per core)")
+    add("--processes", type=int, default=1, metavar="N", help="that draw, with one thread each, "
+        f"what need not be timed: all but the first {TIMED_CAPTIONS} captions of the table, and of "
+        "the frontier; all are timed and drawn in one by default")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the table for programs")
     add("--html", type=Path, metavar="FILE", help="write a report with pictures, in one file")
     add("--force", action="store_true", help="replace files that exist")
@@ -142,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
     """
     outputs = [path for path in (args.json, args.html) if path is not None]
     check_writable(outputs, force=args.force)
+    if args.processes < 1:
+        raise UsageError(f"--processes is {args.processes}: give 1 or more")
     if args.captions < 2:
         raise UsageError(f"--captions is {args.captions}: a comparison needs 2 or more")
     with quiet_toolchains():
@@ -157,12 +163,12 @@ def run(args: argparse.Namespace) -> int:
     reference, ours = map(_side, bundles, engines, profiles)
     captions, world = _captions(args)
     variants = _chosen(_variants(reference, ours, args.speedup), args.only)
-    drawn = _draw_all(variants, captions, kept)
+    drawn = _draw_all(variants, captions, kept, args.processes)
     interrupted = drawn < len(captions)
     captions, world = captions[:drawn], None if world is None else world[:drawn]
     rows = _rows(variants, captions, world, scorer)
     along = captions[: 0 if interrupted else args.frontier_captions]
-    drawn_along, frontier = _frontier(reference, ours, along, scorer)
+    drawn_along, frontier = _frontier(reference, ours, along, scorer, args.processes)
     conditions = {
         **_conditions(args, ours),
         "captions": drawn,
@@ -359,14 +365,18 @@ def _fewer_steps(side: Side, budget_ms: float, name: str) -> Method:
 
 
 def _draw_all(
-    variants: Sequence[Variant], captions: Sequence[str], kept: KeptPictures | None = None
+    variants: Sequence[Variant],
+    captions: Sequence[str],
+    kept: KeptPictures | None,
+    processes: int,
 ) -> int:
     """Draws every caption in every way, and returns how many there are: Ctrl-C ends it with what
     was drawn, where that can be compared."""
     done = 0
+    drawn = draw_captions([v.method for v in variants], captions, kept, processes)
     try:
-        for seed, caption in enumerate(tqdm(captions, desc="draw", unit="caption")):
-            _draw_caption(variants, caption, seed, kept)
+        for found in tqdm(drawn, desc="draw", total=len(captions), unit="caption"):
+            _take(variants, found)
             done += 1
     except KeyboardInterrupt:
         if done < 2:
@@ -374,25 +384,11 @@ def _draw_all(
     return done
 
 
-def _draw_caption(
-    variants: Sequence[Variant], caption: str, seed: int, kept: KeptPictures | None
-) -> None:
-    """Adds a picture to every way, and its times where it was drawn now in all of them."""
-    old: list[NDArray[np.uint8] | None] = [None] * len(variants)
-    if kept is not None and seed >= _TIMED_CAPTIONS:
-        old = [kept.find(variant.method, caption, seed) for variant in variants]
-    found: list[Drawn | NDArray[np.uint8]] = []
-    for variant, picture in zip(variants, old, strict=True):
-        if picture is not None:
-            found.append(picture)
-            continue
-        drawn = draw(variant.method, caption, seed)
-        if kept is not None:
-            kept.keep(variant.method, caption, seed, drawn.picture)
-        found.append(drawn)
-    timed = all(picture is None for picture in old)
+def _take(variants: Sequence[Variant], found: Sequence[Found]) -> None:
+    """Adds a caption's pictures to every way, and its times where all of them have some."""
+    timed = all(isinstance(one, Drawn) for one in found)
     for variant, one in zip(variants, found, strict=True):
-        variant.pictures.append(one.picture if isinstance(one, Drawn) else one)
+        variant.pictures.append(picture_of(one))
         if timed and isinstance(one, Drawn):
             variant.loop_ms.append(one.loop_ms)
             variant.total_ms.append(one.total_ms)
@@ -455,7 +451,7 @@ def _ratio(reference_ms: Sequence[float], own_ms: Sequence[float]) -> float:
 
 
 def _frontier(
-    reference: Side, ours: Side, captions: Sequence[str], scorer: "Scorer"
+    reference: Side, ours: Side, captions: Sequence[str], scorer: "Scorer", processes: int
 ) -> tuple[int, dict[str, list[dict[str, Any]]]]:
     """Returns how many of the captions were drawn, and of the report what lies along the frontier:
     quality against speed-up (all that is compared at equal time, at six speeds), the `margins` of
@@ -466,7 +462,7 @@ def _frontier(
     by_budget = [_planned_ways(ours, _planned(ours, ms), ms) for ms in budgets if captions[1:]]
     points = [variant for ways in by_budget for variant in ways]
     try:
-        drawn = _draw_all([base, *points], captions) if points else 0
+        drawn = _draw_all([base, *points], captions, None, processes) if points else 0
     except KeyboardInterrupt:  # before there was anything to compare
         drawn = 0
     if not drawn:
@@ -500,6 +496,7 @@ def _conditions(args: argparse.Namespace, side: Side) -> dict[str, Any]:
         "steps": defaults.steps,
         "guidance_scale": defaults.guidance_scale,
         "threads": args.threads or "one per core",
+        "processes": args.processes,
         "engine": side.profile.engine,
         "machine": platform.machine(),
         "confidence": "95 %, paired bootstrap",

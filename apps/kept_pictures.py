@@ -21,6 +21,9 @@ class KeptPictures:
     A method's folder is named after what its pictures follow from: graphs and prompts' words,
     noise schedule, steps and their modes, corrections and forecasts, the versions of cq-edge and of
     the engine. What was drawn in another way is never taken for it.
+
+    Attributes:
+        folder: Which it is.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,7 +33,7 @@ class KeptPictures:
             CQEdgeError: It cannot be made or written.
         """
         check_writable([folder / "picture.png"], force=True)
-        self._folder = folder
+        self.folder = folder
         self._names: dict[Method, str] = {}
 
     def find(self, method: Method, caption: str, seed: int) -> NDArray[np.uint8] | None:
@@ -57,7 +60,7 @@ class KeptPictures:
     def _path(self, method: Method, seed: int) -> Path:
         if method not in self._names:
             self._names[method] = _name(method)
-        return self._folder / self._names[method] / f"{seed:06d}.png"
+        return self.folder / self._names[method] / f"{seed:06d}.png"
 
 
 def _name(method: Method) -> str:

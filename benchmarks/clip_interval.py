@@ -41,6 +41,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from apps.clip_difference import clip_difference
+from apps.draw_captions import find_or_draw, picture_of
 from apps.engines import engine_for
 from apps.evaluate import SCENES_SEED, require_same_model
 from apps.kept_pictures import KeptPictures
@@ -48,7 +49,7 @@ from apps.model_options import DEMO_NAME
 from cq_edge import __version__
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import UsageError
-from cq_edge.metrics import finite_psnr_db, mean_interval
+from cq_edge.metrics import finite_psnr_db
 from cq_edge.model.graphs import DecodeGraph
 from cq_edge.model.load import load_pipeline
 from cq_edge.model.scorer import Scorer
@@ -56,7 +57,7 @@ from cq_edge.noise_scheduler import make_noise_scheduler
 from cq_edge.scenes import scenes
 from runtime.bundle import Bundle, open_bundle
 from runtime.conditions import cores, machine_conditions
-from runtime.draw import Method, draw, planned
+from runtime.draw import Method, planned
 from runtime.generate import initial_latents
 
 _CHUNK = 16
@@ -131,8 +132,8 @@ def main() -> None:
     result = _result(runs)
     if args.known is not None:
         known = json.loads(args.known.read_text(encoding="utf-8"))
-        everything = _Scores.joined([scores for _, scores in runs])
-        result["known"] = _against_known(everything, known["captions"], known["clip_float32"])
+        ours = np.concatenate([scores.ours for _, scores in runs])
+        result["known"] = _against_known(ours, result, known["captions"], known["clip_float32"])
     print(json.dumps(result, indent=2))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -246,16 +247,8 @@ class _Process:
 
     def _pictures(self, method: Method, chunk: _Chunk) -> NDArray[np.uint8]:
         prompts = enumerate(chunk.captions, start=chunk.first_seed)
-        return np.stack([self._picture(method, caption, seed) for seed, caption in prompts])
-
-    def _picture(self, method: Method, caption: str, seed: int) -> NDArray[np.uint8]:
-        if self._kept is None:
-            return draw(method, caption, seed).picture
-        picture = self._kept.find(method, caption, seed)
-        if picture is None:
-            picture = draw(method, caption, seed).picture
-            self._kept.keep(method, caption, seed, picture)
-        return picture
+        found = (find_or_draw(method, caption, seed, self._kept) for seed, caption in prompts)
+        return np.stack([*map(picture_of, found)])
 
 
 def _every_step_full(bundle: Bundle) -> Method:
@@ -356,33 +349,35 @@ def _interval(scores: _Scores) -> dict[str, Any]:
     }
 
 
-def _against_known(scores: _Scores, captions: int, clip_float32: float) -> dict[str, Any]:
+def _against_known(
+    ours: NDArray[np.float64], result: dict[str, Any], captions: int, clip_float32: float
+) -> dict[str, Any]:
     """Returns how far ours' mean over so many captions is from float32's, known of another run.
 
     The mean of the differences is the difference of the means, whoever drew float32; what the
-    differences scatter by is that of the captions here that have both scores.
+    differences scatter by is that of the captions with both scores, which the result tells.
 
     Raises:
         UsageError: There are fewer captions, or none has both scores.
     """
-    if len(scores.ours) < captions:
+    if len(ours) < captions:
         raise UsageError(
-            f"{len(scores.ours)} captions are drawn, and float32's mean is known over {captions}: "
-            "run this again to draw the rest"
+            f"{len(ours)} captions are drawn, and float32's mean is known over {captions}: run "
+            "this again to draw the rest"
         )
-    delta = float(scores.ours[:captions].mean()) - clip_float32
-    both = np.isfinite(scores.float32)
-    deltas = (scores.ours - scores.float32)[both]
-    if not len(deltas):
+    if "clip_delta" not in result:
         raise UsageError("no caption has both scores: nothing tells how they scatter")
-    narrower = (len(deltas) / captions) ** 0.5
+    clip_ours = float(ours[:captions].mean())
+    delta, narrower = clip_ours - clip_float32, (result["captions"] / captions) ** 0.5
     return {
         "captions": captions,
         "clip_float32": clip_float32,
-        "clip_ours": clip_float32 + delta,
+        "clip_ours": clip_ours,
         "clip_delta": delta,
-        "clip_delta_ci": [delta + narrower * (x - deltas.mean()) for x in mean_interval(deltas)],
-        "captions_with_both": len(deltas),
+        "clip_delta_ci": [
+            delta + narrower * (end - result["clip_delta"]) for end in result["clip_delta_ci"]
+        ],
+        "captions_with_both": result["captions"],
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from apps.ablation import gain_cell
 from apps.cli import main
-from apps.evaluate import _TIMED_CAPTIONS as TIMED
+from apps.draw_captions import TIMED_CAPTIONS as TIMED
 from apps.evaluate import Variant, _same
 from apps.frontier_margin import margins
 from apps.kept_pictures import KeptPictures
@@ -125,7 +125,7 @@ def test_ours_and_the_papers_schedule_have_the_shares_of_their_plan_and_other_ha
         drawn[method.schedule, method.table is None or method.table.forecast_share.any()] = method
         return draw(method, caption, seed)
 
-    monkeypatch.setattr("apps.evaluate.draw", watched)
+    monkeypatch.setattr("apps.draw_captions.draw", watched)
     code, *_ = call("--captions", "2", "--frontier-captions", "0", "--speedup", "2")
     assert code == 0
     given = 0
@@ -200,7 +200,7 @@ def test_kept_pictures_are_drawn_once_but_the_first_whose_time_counts(evaluate, 
         drawn.append((method.bundle.folder.name, seed))
         return draw(method, caption, seed)
 
-    monkeypatch.setattr("apps.evaluate.draw", counted)
+    monkeypatch.setattr("apps.draw_captions.draw", counted)
 
     def rows(captions):
         words = ["--captions", str(captions), "--frontier-captions", "0", "--keep", "kept"]
@@ -271,7 +271,7 @@ def test_ctrl_c_compares_the_captions_that_were_drawn_in_every_way(
             raise KeyboardInterrupt
         return draw(*given)
 
-    monkeypatch.setattr("apps.evaluate.draw", until_ctrl_c)
+    monkeypatch.setattr("apps.draw_captions.draw", until_ctrl_c)
     words = ["--only", "ours", "--captions", "9", "--keep", "kept", "--json", "report.json"]
     assert call(*words)[0] == code
     # what was drawn of a caption that was not finished is kept too
@@ -296,7 +296,7 @@ def test_ctrl_c_along_the_frontier_loses_nothing_of_the_table(evaluate, monkeypa
             raise KeyboardInterrupt
         return draw(*given)
 
-    monkeypatch.setattr("apps.evaluate.draw", until_ctrl_c)
+    monkeypatch.setattr("apps.draw_captions.draw", until_ctrl_c)
     words = ["--only", "quantised only", "--captions", "3", "--frontier-captions", "3"]
     assert call(*words, "--json", "report.json")[0] == 0
     report = json.loads(Path("report.json").read_text())

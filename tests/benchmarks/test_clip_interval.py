@@ -117,17 +117,16 @@ def test_captions_of_ours_alone_count_where_float32s_mean_is_known(scores, tmp_p
     assert (_count(runs), result["captions"]) == (48, 16)
     assert result["clip_delta"] == pytest.approx(deltas.mean(), abs=1e-3)
     assert result["runs"][1]["clip_ours"] == pytest.approx(alone.ours.mean(), abs=1e-3)
-    everything = _Scores.joined([found for _, found in runs])
-    known = _against_known(everything, 48, float(scores.float32.mean()))
+    known = _against_known(scores.ours, result, 48, float(scores.float32.mean()))
     assert known["clip_delta"] == pytest.approx((scores.ours - scores.float32).mean(), abs=1e-3)
     low, high = known["clip_delta_ci"]
     whole = np.subtract(*mean_interval(deltas)[::-1])
     assert high - low == pytest.approx(whole / np.sqrt(3), abs=1e-3)
     assert low < known["clip_delta"] < high
     with pytest.raises(UsageError, match=r"48 captions are drawn, and .* over 49: run this again"):
-        _against_known(everything, 49, 90.0)
+        _against_known(scores.ours, result, 49, 90.0)
     with pytest.raises(UsageError, match="no caption has both scores"):
-        _against_known(alone, 32, 90.0)
+        _against_known(alone.ours, _result(runs[1:]), 32, 90.0)
 
 
 def test_captions_that_are_missing_or_stand_twice_are_refused(scores, tmp_path):
