@@ -19,7 +19,8 @@ from cq_edge.model.trajectory import Loop, Prompt
 
 _STEADY = 0.1
 """Of the loop's steps: changes of features over more go too far in a loop that reuses, whose
-latents lag, if they go on as fits the float loop best (docs/forecasts.md)."""
+latents lag, if they go on as fits the float loop best (docs/forecasts.md). Over twice as many they
+tip some pictures into other colours, however little they go on."""
 
 
 class FloatRun(NamedTuple):
@@ -79,8 +80,8 @@ def float_run(
 
 def _steady(weights: Weights) -> Weights:
     """Returns weights with those of changes over more than a tenth of the loop's steps, and more
-    than one, in proportion less."""
-    back = np.maximum(np.arange(weights.shape[1]), 1)[:, None]
-    kept = np.minimum(1, max(1, _STEADY * len(weights)) / back)
+    than one, in proportion less: from a fifth on they are 0."""
+    back = np.arange(weights.shape[1])[:, None]
+    kept = np.clip(2 - back / max(1, _STEADY * len(weights)), 0, 1)
     steady: Weights = weights * kept.astype(np.float32)
     return steady

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -236,9 +238,11 @@ def test_changes_of_features_over_many_steps_go_on_less_than_fits_best(monkeypat
         return _captured(Graphs(_Recorder(2, 2), _shallow), prompts=2).table.feature_weight
 
     best, kept = weights(1.0), weights(tenth)
-    back = np.maximum(np.arange(best.shape[1]), 1)[:, None]
-    np.testing.assert_allclose(kept, best * np.minimum(1, whole / back), rtol=1e-6)
+    for back in range(best.shape[1]):
+        share = min(1, max(0, 2 - back / whole))
+        np.testing.assert_allclose(kept[:, back], share * best[:, back], rtol=1e-6)
     assert (np.abs(best[:, 3:]) > 1e-3).any()
+    assert not kept[:, math.ceil(2 * whole) :].any()
 
 
 def test_forecasts_do_not_answer_to_noise_of_the_graphs_that_ship():
