@@ -20,7 +20,7 @@ from cq_edge.model.trajectory import Loop, Prompt
 _STEADY = 0.1
 """Of the loop's steps: changes of features over more go too far in a loop that reuses, whose
 latents lag, if they go on as fits the float loop best (docs/forecasts.md). Over twice as many they
-tip some pictures into other colours, however little they go on."""
+tip some pictures into other colours, half as far too."""
 
 
 class FloatRun(NamedTuple):
