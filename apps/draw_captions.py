@@ -50,14 +50,18 @@ def draw_captions(
     given = (without, None if kept is None else kept.folder)
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(processes, len(left)), _start, given) as pool:
-        for pictures in pool.imap(_pictures, left):
-            yield [*pictures]
+        yield from pool.imap(_pictures, left)
 
 
 def find_or_draw(
     method: Method, caption: str, seed: int, kept: KeptPictures | None, *, anew: bool = False
 ) -> Found:
-    """Returns a picture that was kept, unless it is wanted anew, or else draws and keeps it."""
+    """Returns a picture that was kept, unless it is wanted anew, or else draws it, and keeps it
+    where there is somewhere to.
+
+    Raises:
+        CQEdgeError: It could not be drawn.
+    """
     old = None if kept is None or anew else kept.find(method, caption, seed)
     if old is not None:
         return old
@@ -92,7 +96,7 @@ def _ready() -> tuple[list[Method], KeptPictures | None]:
     return ready, None if kept is None else KeptPictures(kept)
 
 
-def _pictures(numbered: tuple[int, str]) -> list[NDArray[np.uint8]]:
+def _pictures(numbered: tuple[int, str]) -> list[Found]:
     """Returns a caption's pictures, without times: processes that draw side by side wait for each
     other."""
     seed, caption = numbered

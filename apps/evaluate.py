@@ -23,6 +23,7 @@ from apps.kept_pictures import KeptPictures
 from apps.pictures import check_writable
 from apps.prompts_file import read_prompts
 from apps.quiet import quiet_toolchains
+from apps.whole_number import at_least
 from cq_edge.cache_schedule import CacheSchedule, Mode, paper_segment_bounds, plan_full_steps
 from cq_edge.errors import UsageError
 from cq_edge.latency import DeviceProfile
@@ -65,8 +66,8 @@ examples:
 
 @dataclass(slots=True)
 class Variant:
-    """A way of making pictures, and what came of it: a picture per caption, and the times of the
-    captions that were drawn in every way in turns."""
+    """A way of making pictures, and what came of it: a picture per caption, and the times of those
+    that this process drew, in every way in turns."""
 
     name: str
     method: Method
@@ -130,9 +131,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "frontier's are not kept; a plan that differs, as this run's times may have it, draws its "
         "own)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="(default: one per core)")
-    add("--processes", type=int, default=1, metavar="N", help="that draw, with one thread each, "
-        f"what need not be timed: all but the first {TIMED_CAPTIONS} captions of the table, and of "
-        "the frontier; all are timed and drawn in one by default")  # fmt: skip
+    add("--processes", type=at_least(1), default=1, metavar="N", help="that draw, with one "
+        f"thread each, what need not be timed: all but the first {TIMED_CAPTIONS} captions of the "
+        "table, and of the frontier; all are timed and drawn in one by default")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the table for programs")
     add("--html", type=Path, metavar="FILE", help="write a report with pictures, in one file")
     add("--force", action="store_true", help="replace files that exist")
@@ -146,8 +147,6 @@ def run(args: argparse.Namespace) -> int:
     """
     outputs = [path for path in (args.json, args.html) if path is not None]
     check_writable(outputs, force=args.force)
-    if args.processes < 1:
-        raise UsageError(f"--processes is {args.processes}: give 1 or more")
     if args.captions < 2:
         raise UsageError(f"--captions is {args.captions}: a comparison needs 2 or more")
     with quiet_toolchains():

@@ -17,6 +17,10 @@ Array: TypeAlias = Any
 Weights: TypeAlias = NDArray[np.float32]
 """(T, B+1, G+1): entry [i, b, g] is the share of the change from step i - b to step i that step
 i + g goes on with; 0 where there are no such steps."""
+_STEADY = 0.1
+"""Of the loop's steps: what fits a calibration run over more overshoots in a loop that reuses,
+whose latents lag (docs/forecasts.md), and over twice as many tips some pictures into other
+colours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +72,14 @@ def expected_back(step: int, gap: int) -> int:
     where what is measured of a forecast `gap` steps on does not depend on that: computed steps
     lie evenly, and the next one follows the forecast."""
     return min(gap + 1, step)
+
+
+def kept_over(steps: NDArray[np.integer], total: int) -> NDArray[np.float32]:
+    """Returns how much is kept, 1 to 0, of what fits a feature's change over so many steps best:
+    all of it up to a tenth of the loop's steps, or one, and none from twice as many on.
+
+    Args:
+        steps: Any shape.
+        total: Steps of the loop, T.
+    """
+    return np.clip(2 - steps / max(1, _STEADY * total), 0, 1).astype(np.float32)

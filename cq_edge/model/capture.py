@@ -4,11 +4,12 @@ Every prompt is run five times, with the full graph at every step. The first run
 graphs in their own loop: how far forecasts of features and predictions go on is fitted to it. In
 the second, of the graphs that ship, the cached features of every anchor step i and later step
 k = i + gap are compared: their L1 distance (the paper's objective), and the cache correction, which
-maps what is forecast of the feature onto step k's best; and it tells how much of the full graph's
-noise is steady. The third fits the quantisation correction of the layers that consume the corrected
-feature. The fourth predicts each step k with the shallow graph from every feature i, and measures
-how far the guided noise prediction is from the float denoiser's; a half of the correction that
-hardly helps is dropped. The fifth, of the float graphs again, measures what reuse alone errs by.
+maps what is forecast of the feature onto step k's best, over many steps in part; and it tells how
+much of the full graph's noise is steady. The third fits the quantisation correction of the layers
+that consume the corrected feature. The fourth predicts each step k with the shallow graph from
+every feature i, and measures how far the guided noise prediction is from the float denoiser's; a
+half of the correction that hardly helps is dropped. The fifth, of the float graphs again, measures
+what reuse alone errs by.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from cq_edge.correction import MomentAccumulator
 from cq_edge.errors import CalibrationError
-from cq_edge.forecast import Weights, expected_back
+from cq_edge.forecast import Weights, expected_back, kept_over
 from cq_edge.influence import noise_influence, reuse_influence
 from cq_edge.model.float_run import float_run
 from cq_edge.model.reuse_alone import reuse_alone
@@ -261,11 +262,13 @@ class _FeatureRun:
             self.finals.append(visit.after.numpy())
 
     def corrections(self, weights: Weights) -> Corrections:
-        """Returns the cache corrections of C channels, of features that are forecast."""
+        """Returns the cache corrections of C channels, of features that are forecast: of what fits
+        best, what is kept over their gap."""
         moments = [
             [self._forecast(i, gap, weights) for gap in self._gaps(i)] for i in range(self._total)
         ]
-        return fit_pairs(moments, self.max_gap, self._recent[0].shape[1])
+        fitted = fit_pairs(moments, self.max_gap, self._recent[0].shape[1])
+        return fitted.kept(kept_over(np.arange(self.max_gap + 1), self._total))
 
     def l1(self) -> NDArray[np.float64]:
         """Returns (T, G+1) mean absolute differences; NaN beyond the last step."""

@@ -13,14 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cq_edge.forecast import Weights
+from cq_edge.forecast import Weights, kept_over
 from cq_edge.model.forecast_fit import ForecastRun
 from cq_edge.model.trajectory import Loop, Prompt
-
-_STEADY = 0.1
-"""Of the loop's steps: changes of features over more go too far in a loop that reuses, whose
-latents lag, if they go on as fits the float loop best (docs/forecasts.md). Over twice as many they
-tip some pictures into other colours, half as far too."""
 
 
 class FloatRun(NamedTuple):
@@ -69,7 +64,7 @@ def float_run(
         finals.append(visit.after.numpy())
     skip, unguided = predictions.weights(), differences.weights()
     return FloatRun(
-        _steady(features.weights()),
+        _held_back(features.weights()),
         skip,
         unguided,
         predictions.left(skip) / len(prompts),
@@ -78,10 +73,10 @@ def float_run(
     )
 
 
-def _steady(weights: Weights) -> Weights:
-    """Returns weights with those of changes over more than a tenth of the loop's steps, and more
-    than one, in proportion less: from a fifth on they are 0."""
-    back = np.arange(weights.shape[1])[:, None]
-    kept = np.clip(2 - back / max(1, _STEADY * len(weights)), 0, 1)
-    steady: Weights = weights * kept.astype(np.float32)
-    return steady
+def _held_back(weights: Weights) -> Weights:
+    """Returns weights of features that go no further than a line would, and over many steps less:
+    at the loop's last steps, where features change ever faster, what fits best goes twice as far,
+    and multiplies the noise of the layers that ship by as much (docs/forecasts.md)."""
+    back, gap = np.ogrid[: weights.shape[1], : weights.shape[2]]
+    line = gap / np.maximum(back, 1)
+    return np.minimum(weights, line.astype(np.float32)) * kept_over(back, len(weights))

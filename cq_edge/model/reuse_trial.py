@@ -59,6 +59,11 @@ class Corrections:
         """Returns those of as many pairs and channels that change nothing."""
         return self.identity_where(np.ones(self.gain.shape[:2], bool))
 
+    def kept(self, share: NDArray[np.float32]) -> "Corrections":
+        """Returns the corrections with what they change times the (G+1,) share of their gap."""
+        of_gap = share[:, None]
+        return Corrections(1 + of_gap * (self.gain - 1), of_gap * self.bias)
+
     def identity_where(self, dropped: NDArray[np.bool_]) -> "Corrections":
         """Returns the corrections with those of some (anchor, gap) pairs changing nothing."""
         keep = ~dropped[:, :, None]

@@ -36,6 +36,7 @@ def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "b", "p", "--seed", "-1"], "argument --seed: -1 is below 0"),
         (["generate", "b", "p", "--seed", "x"], "--seed: invalid whole number value: 'x'"),
         (["generate", "b", "p", "--num-images", "0"], "argument --num-images: 0 is below 1"),
+        (["evaluate", "b", "--processes", "0"], "argument --processes: 0 is below 1"),
         (["generate", "b", "p", "--scheduler", "heun"], "--scheduler: invalid choice: 'heun'"),
     ],
 )

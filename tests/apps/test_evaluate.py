@@ -163,7 +163,6 @@ def test_other_prompts_have_no_attributes(evaluate):
     ("words", "message"),
     [
         (("--captions", "1"), "--captions is 1: a comparison needs 2 or more"),
-        (("--processes", "0"), "--processes is 0: give 1 or more"),
         (("--reference", "bundle"), "bundle is quantised: a reference is built with "),
         (("--prompts", "none.txt"), "--prompts none.txt cannot be read: "),
         (("--only", "best"), "--only best: choose float32, quantised only, "),
