@@ -127,9 +127,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "repeatable (default: all). One way takes a quarter of the time, which is worth spending "
         "on more captions")  # fmt: skip
     add("--keep", type=Path, metavar="DIR", help="keep the captions' pictures there and draw none "
-        f"of them again, but the first {TIMED_CAPTIONS} captions' for the time they take (the "
-        "frontier's are not kept; a plan that differs, as this run's times may have it, draws its "
-        "own)")  # fmt: skip
+        f"of them again, but the first {TIMED_CAPTIONS} captions' for the time they take (a plan "
+        "that differs, as this run's times may have it, draws its own)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="(default: one per core)")
     add("--processes", type=at_least(1), default=1, metavar="N", help="that draw, with one "
         f"thread each, what need not be timed: all but the first {TIMED_CAPTIONS} captions of the "
@@ -167,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     captions, world = captions[:drawn], None if world is None else world[:drawn]
     rows = _rows(variants, captions, world, scorer)
     along = captions[: 0 if interrupted else args.frontier_captions]
-    drawn_along, frontier = _frontier(reference, ours, along, scorer, args.processes)
+    drawn_along, frontier = _frontier(reference, ours, along, scorer, kept, args.processes)
     conditions = {
         **_conditions(args, ours),
         "captions": drawn,
@@ -450,7 +449,12 @@ def _ratio(reference_ms: Sequence[float], own_ms: Sequence[float]) -> float:
 
 
 def _frontier(
-    reference: Side, ours: Side, captions: Sequence[str], scorer: "Scorer", processes: int
+    reference: Side,
+    ours: Side,
+    captions: Sequence[str],
+    scorer: "Scorer",
+    kept: KeptPictures | None,
+    processes: int,
 ) -> tuple[int, dict[str, list[dict[str, Any]]]]:
     """Returns how many of the captions were drawn, and of the report what lies along the frontier:
     quality against speed-up (all that is compared at equal time, at six speeds), the `margins` of
@@ -461,7 +465,7 @@ def _frontier(
     by_budget = [_planned_ways(ours, _planned(ours, ms), ms) for ms in budgets if captions[1:]]
     points = [variant for ways in by_budget for variant in ways]
     try:
-        drawn = _draw_all([base, *points], captions, None, processes) if points else 0
+        drawn = _draw_all([base, *points], captions, kept, processes) if points else 0
     except KeyboardInterrupt:  # before there was anything to compare
         drawn = 0
     if not drawn:

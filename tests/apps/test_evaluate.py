@@ -230,6 +230,24 @@ def test_kept_pictures_are_drawn_once_but_the_first_whose_time_counts(evaluate, 
     assert timed == [TIMED + 3, TIMED, TIMED + 2, TIMED + 4]
 
 
+def test_the_frontier_takes_what_the_table_drew(evaluate, monkeypatch):
+    call, _ = evaluate
+    monkeypatch.setattr("apps.evaluate._FRONTIER_SPEEDUPS", (2.0, 4.0))
+    monkeypatch.setattr("apps.evaluate._planned_ways", one_way)
+    drawn = []
+
+    def counted(method, caption, seed):
+        drawn.append((method.bundle.folder.name, method.schedule.to_string(), seed))
+        return draw(method, caption, seed)
+
+    monkeypatch.setattr("apps.draw_captions.draw", counted)
+    words = ["--only", "quantised only", "--captions", str(TIMED + 2), "--keep", "kept"]
+    assert call(*words, "--frontier-captions", str(TIMED + 1))[0] == 0
+    untimed = [way for way in drawn if way[2] >= TIMED]
+    assert len(untimed) == len(set(untimed))
+    assert [seed for folder, _, seed in untimed if folder == "float32"] == [TIMED, TIMED + 1]
+
+
 def test_pictures_that_follow_from_something_else_are_not_taken(home):
     bundle = open_bundle(home / "bundle")
     kept, table = KeptPictures(home / "kept"), reuse_table()
