@@ -74,9 +74,9 @@ def float_run(
 
 
 def _held_back(weights: Weights) -> Weights:
-    """Returns weights of features that go no further than a line would, and over many steps less:
-    at the loop's last steps, where features change ever faster, what fits best goes twice as far,
-    and multiplies the noise of the layers that ship by as much."""
+    """Returns weights of features that go on less over many steps, and no further than a line: at
+    the loop's last steps, where features change ever faster, what fits best goes twice as far, and
+    multiplies the noise of the layers that ship by as much."""
     back, gap = np.ogrid[: weights.shape[1], : weights.shape[2]]
     line = gap / np.maximum(back, 1)
     return np.minimum(weights, line.astype(np.float32)) * kept_over(back, len(weights))
