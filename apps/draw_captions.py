@@ -1,8 +1,6 @@
 """Draws captions in several ways, which take turns caption by caption: in this process where times
 count, in others for the rest."""
 
-import multiprocessing
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 
 from apps.engines import engine_for
 from apps.kept_pictures import KeptPictures
+from apps.side_by_side import side_by_side
 from runtime.draw import Drawn, Method, draw
 from runtime.engine import Engine
 
@@ -47,10 +46,8 @@ def draw_captions(
     if not left:
         return
     without = [replace(method, engine=cast(Engine, None)) for method in methods]  # not to be sent
-    given = (without, None if kept is None else kept.folder)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(processes, len(left)), _start, given) as pool:
-        yield from pool.imap(_pictures, left)
+    folder = None if kept is None else kept.folder
+    yield from side_by_side(_pictures, left, min(processes, len(left)), _begin, without, folder)
 
 
 def find_or_draw(
@@ -79,10 +76,9 @@ def picture_of(found: Found) -> NDArray[np.uint8]:
 _given: tuple[Sequence[Method], Path | None]
 
 
-def _start(methods: Sequence[Method], kept: Path | None) -> None:
-    """Tells a process what to draw with. Nothing can fail here: a pool would start it again."""
+def _begin(methods: Sequence[Method], kept: Path | None) -> None:
+    """Tells a process what to draw with."""
     global _given
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which ends the process that waits for this one
     _given = methods, kept
 
 

@@ -401,7 +401,8 @@ def _rows(
     """Returns a row per variant; the first is what all are compared with."""
     reference = variants[0]
     expected = scorer.clip_scores(np.stack(reference.pictures), captions)
-    return [_row(v, reference, expected, captions, world, scorer) for v in variants]
+    judged = tqdm(variants, desc="score", unit="way")
+    return [_row(v, reference, expected, captions, world, scorer) for v in judged]
 
 
 def _row(

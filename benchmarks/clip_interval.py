@@ -25,8 +25,6 @@ the root of the captions:
 
 import argparse
 import json
-import multiprocessing
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields
@@ -46,6 +44,7 @@ from apps.engines import engine_for
 from apps.evaluate import SCENES_SEED, require_same_model
 from apps.kept_pictures import KeptPictures
 from apps.model_options import DEMO_NAME
+from apps.side_by_side import side_by_side
 from cq_edge import __version__
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import UsageError
@@ -163,12 +162,12 @@ def _drawn(
     chunks: Iterator[_Chunk], args: argparse.Namespace, plan: dict[str, Any]
 ) -> Iterator[_Scores]:
     """Yields what is found, chunk by chunk in order, until the time is over."""
-    until, context = monotonic() + args.at_most_s, multiprocessing.get_context("spawn")
+    until = monotonic() + args.at_most_s
     reference = args.reference if args.device is None and not args.ours_alone else None
     started = (args.bundle, reference, plan, args.keep)
-    _Process(*started)  # says here what is missing: a pool would start it again and again
-    with context.Pool(args.processes, _start, started) as pool:
-        for found in pool.imap(_compare, chunks):
+    _Process(*started)  # says here what is missing
+    with closing(side_by_side(_compare, chunks, args.processes, _begin, *started)) as compared:
+        for found in compared:
             yield found
             if monotonic() > until:
                 return
@@ -261,9 +260,8 @@ def _every_step_full(bundle: Bundle) -> Method:
 _process: _Process
 
 
-def _start(folder: Path, reference: Path | None, plan: dict[str, Any], keep: Path | None) -> None:
+def _begin(folder: Path, reference: Path | None, plan: dict[str, Any], keep: Path | None) -> None:
     global _process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which ends the process that waits for this one
     torch.set_num_threads(1)
     _process = _Process(folder, reference, plan, keep)
 

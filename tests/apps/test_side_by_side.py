@@ -1,0 +1,68 @@
+"""Real processes, of functions of this module."""
+
+import os
+import signal
+import time
+from contextlib import closing
+from itertools import count, islice
+from multiprocessing import active_children
+
+import pytest
+
+from apps.side_by_side import side_by_side
+from cq_edge.errors import CQEdgeError, UsageError
+
+_factor: int
+
+
+def _begin(factor):
+    global _factor
+    _factor = factor
+
+
+def _work(item):
+    if item < 0:
+        raise UsageError(f"{item} is negative")
+    if item == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item == 100:
+        time.sleep(600)
+    time.sleep(0.2 if item == 0 else 0)  # the first is not the first to be done
+    return item * _factor, os.getpid()
+
+
+def test_results_come_in_order_from_other_processes():
+    found = list(side_by_side(_work, range(9), 2, _begin, 3))
+    assert [value for value, _ in found] == [3 * i for i in range(9)]
+    assert os.getpid() not in {process for _, process in found}
+    assert not active_children()
+
+
+def test_nothing_begins_for_no_items():
+    assert list(side_by_side(_work, (), 2, _begin, 3)) == []
+
+
+def test_items_are_taken_as_they_are_needed():
+    items = count()
+    with closing(side_by_side(_work, items, 2, _begin, 1)) as found:
+        assert [value for value, _ in islice(found, 3)] == [0, 1, 2]
+    assert next(items) <= 8  # two a process ahead
+
+
+def test_what_the_work_raises_is_raised_here():
+    with pytest.raises(UsageError, match="-1 is negative"):
+        list(side_by_side(_work, [1, -1], 2, _begin, 1))
+
+
+def test_a_killed_process_is_an_error_and_leaves_none_waiting():
+    with pytest.raises(CQEdgeError, match="one of 2 processes was killed"):
+        list(side_by_side(_work, [1, 13, 2], 2, _begin, 1))
+    assert not active_children()
+
+
+def test_closing_ends_what_is_at_work():
+    began = time.monotonic()
+    with closing(side_by_side(_work, [1, 100, 100, 2], 1, _begin, 1)) as found:
+        assert next(found)[0] == 1
+    assert time.monotonic() - began < 60
+    assert not active_children()
