@@ -21,13 +21,16 @@ the root of the captions:
     python -m benchmarks.clip_interval out/evaluate/bundle --reference out/evaluate/float32 \
         --evaluation docs/evaluation.json --scores docs/clip_scores.jsonl --captions 15232 \
         --ours-alone --known docs/clip_interval.json --json docs/clip_scores.json
+
+`--float32-of` does too, and takes float32's scores of captions that another file has from there:
+those pictures follow from graphs and seeds alone.
 """
 
 import argparse
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import count, islice
 from pathlib import Path
 from time import monotonic
@@ -61,6 +64,7 @@ from runtime.generate import initial_latents
 
 _CHUNK = 16
 """Captions that a process draws at a time."""
+_NOT_DRAWN = "not drawn"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +80,7 @@ class _Chunk:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Scores:
     """(N,) of captions: both CLIP scores, and in dB how near ours is to float32's picture; NaN
-    where float32 was not drawn."""
+    what is not known, as float32 was not drawn."""
 
     float32: NDArray[np.float64]
     ours: NDArray[np.float64]
@@ -108,6 +112,8 @@ def main() -> None:
     by = parser.add_mutually_exclusive_group()
     by.add_argument("--device", help="of torch, to draw float32's pictures there")
     by.add_argument("--ours-alone", action="store_true", help="do not draw float32's")
+    by.add_argument("--float32-of", type=Path, metavar="FILE", help="nor score them: scores of "
+        "another plan, whose float32 ours is compared with as far as they go")  # fmt: skip
     parser.add_argument("--batch", type=int, default=256, help="captions at once there")
     parser.add_argument("--processes", type=int, default=cores())
     parser.add_argument("--json", type=Path, help="write the result for programs")
@@ -121,11 +127,14 @@ def main() -> None:
     plan, first = _plan(args.evaluation), _count(_read(args.scores))
     if first < args.captions:
         run, chunks = _run(args, bundle, reference, plan), _chunks(bundle, first, args)
+        drawn = _drawn(chunks, args, plan)
+        if args.float32_of is not None:
+            drawn = _compared(drawn, first, _float32_of(args.float32_of, run["float32"]))
         with (
             suppress(KeyboardInterrupt),
             closing(tqdm(total=args.captions, initial=first, unit="caption")) as bar,
         ):
-            for scores in _added(args.scores, run, first, _drawn(chunks, args, plan)):
+            for scores in _added(args.scores, run, first, drawn):
                 bar.update(len(scores.ours))
     runs = _read(args.scores)
     result = _result(runs)
@@ -163,7 +172,8 @@ def _drawn(
 ) -> Iterator[_Scores]:
     """Yields what is found, chunk by chunk in order, until the time is over."""
     until = monotonic() + args.at_most_s
-    reference = args.reference if args.device is None and not args.ours_alone else None
+    alone = args.device is not None or args.ours_alone or args.float32_of is not None
+    reference = None if alone else args.reference
     started = (args.bundle, reference, plan, args.keep)
     _Process(*started)  # says here what is missing
     with closing(side_by_side(_compare, chunks, args.processes, _begin, *started)) as compared:
@@ -171,6 +181,31 @@ def _drawn(
             yield found
             if monotonic() > until:
                 return
+
+
+def _float32_of(file: Path, drawn_by: str) -> NDArray[np.float64]:
+    """Returns (N,) scores of float32's pictures in a file; NaN where they were not drawn.
+
+    Raises:
+        UsageError: There is no such file, or others drew them.
+    """
+    runs = _read(file)
+    if not runs:
+        raise UsageError(f"{file} has no scores")
+    for run, _ in runs:
+        if run["float32"] not in (drawn_by, _NOT_DRAWN):
+            raise UsageError(f"float32's scores in {file} are of {run['float32']}, not {drawn_by}")
+    return _Scores.joined([scores for _, scores in runs]).float32
+
+
+def _compared(
+    drawn: Iterable[_Scores], first: int, float32: NDArray[np.float64]
+) -> Iterator[_Scores]:
+    """Yields what was drawn from caption `first` on, with float32's scores where all are known."""
+    for scores in drawn:
+        known = float32[first : first + len(scores.ours)]
+        first += len(scores.ours)
+        yield replace(scores, float32=known) if len(known) == len(scores.ours) else scores
 
 
 @torch.no_grad()
@@ -337,13 +372,14 @@ def _interval(scores: _Scores) -> dict[str, Any]:
     if not both.any():
         return {"captions": len(scores.ours), "clip_ours": float(scores.ours.mean())}
     float32, ours = scores.float32[both], scores.ours[both]
+    psnr_db = scores.psnr_db[np.isfinite(scores.psnr_db)]
     return {
         "captions": len(ours),
         "clip_float32": float(float32.mean()),
         "clip_ours": float(ours.mean()),
         **clip_difference(ours - float32),
         "clip_delta_sd": float((ours - float32).std()),
-        "psnr_db": float(scores.psnr_db[both].mean()),
+        **({"psnr_db": float(psnr_db.mean())} if len(psnr_db) else {}),
     }
 
 
@@ -388,7 +424,7 @@ def _run(
     by_graphs = f"graphs {reference.graphs_sha256()}"
     drawn_by = by_torch if args.device is not None else by_graphs
     if args.ours_alone:
-        drawn_by = "not drawn"
+        drawn_by = _NOT_DRAWN
     return {
         "plan": plan,
         "ours": f"graphs {bundle.graphs_sha256()}",

@@ -13,8 +13,10 @@ from benchmarks.clip_interval import (
     _against_known,
     _Chunk,
     _chunks,
+    _compared,
     _count,
     _float32,
+    _float32_of,
     _Process,
     _read,
     _result,
@@ -127,6 +129,26 @@ def test_captions_of_ours_alone_count_where_float32s_mean_is_known(scores, tmp_p
         _against_known(scores.ours, result, 49, 90.0)
     with pytest.raises(UsageError, match="no caption has both scores"):
         _against_known(alone.ours, _result(runs[1:]), 32, 90.0)
+
+
+def test_float32s_scores_of_another_plan_count_again(scores, tmp_path):
+    file, new, nothing = tmp_path / "scores.jsonl", tmp_path / "new.jsonl", np.full(16, np.nan)
+    list(_added(file, {"float32": "graphs 1"}, 0, [part(scores, slice(32))]))
+    list(_added(file, {"float32": "not drawn"}, 32, [_Scores(nothing, scores.ours[32:], nothing)]))
+    float32 = _float32_of(file, "graphs 1")
+    alone = [_Scores(nothing, scores.ours[i : i + 16] - 1, nothing) for i in (16, 32)]
+    list(_added(new, {}, 0, [part(scores, slice(16))]))
+    list(_added(new, {}, 16, _compared(alone, 16, float32)))
+    one, two = _result(_read(new))["runs"]
+    assert (one["captions"], two["captions"]) == (16, 16)  # of the last 16 it knows none
+    deltas = scores.ours[16:32] - 1 - scores.float32[16:32]
+    assert two["clip_delta"] == pytest.approx(deltas.mean(), abs=1e-3)
+    assert "psnr_db" in one
+    assert "psnr_db" not in two
+    with pytest.raises(UsageError, match="are of graphs 1, not graphs 2"):
+        _float32_of(file, "graphs 2")
+    with pytest.raises(UsageError, match="has no scores"):
+        _float32_of(tmp_path / "gone.jsonl", "graphs 1")
 
 
 def test_captions_that_are_missing_or_stand_twice_are_refused(scores, tmp_path):
