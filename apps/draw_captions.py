@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.engines import engine_for
+from apps.in_processes import in_processes
 from apps.kept_pictures import KeptPictures
-from apps.side_by_side import side_by_side
 from runtime.draw import Drawn, Method, draw
 from runtime.engine import Engine
 
@@ -47,7 +47,7 @@ def draw_captions(
         return
     without = [replace(method, engine=cast(Engine, None)) for method in methods]  # not to be sent
     folder = None if kept is None else kept.folder
-    yield from side_by_side(_pictures, left, min(processes, len(left)), _begin, without, folder)
+    yield from in_processes(_pictures, left, min(processes, len(left)), _begin, without, folder)
 
 
 def find_or_draw(

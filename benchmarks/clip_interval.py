@@ -22,13 +22,13 @@ the root of the captions:
         --evaluation docs/evaluation.json --scores docs/clip_scores.jsonl --captions 15232 \
         --ours-alone --known docs/clip_interval.json --json docs/clip_scores.json
 
-`--float32-of` does too, and takes float32's scores of captions that another file has from there:
-those pictures follow from graphs and seeds alone.
+`--float32-of FILE` draws the bundle's pictures alone, too, and takes float32's scores from the runs
+of another plan in FILE, as far as they go: both scores are then known without drawing float32.
 """
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields, replace
 from itertools import count, islice
@@ -45,9 +45,9 @@ from apps.clip_difference import clip_difference
 from apps.draw_captions import find_or_draw, picture_of
 from apps.engines import engine_for
 from apps.evaluate import SCENES_SEED, require_same_model
+from apps.in_processes import in_processes
 from apps.kept_pictures import KeptPictures
 from apps.model_options import DEMO_NAME
-from apps.side_by_side import side_by_side
 from cq_edge import __version__
 from cq_edge.cache_schedule import CacheSchedule
 from cq_edge.errors import UsageError
@@ -112,9 +112,9 @@ def main() -> None:
     by = parser.add_mutually_exclusive_group()
     by.add_argument("--device", help="of torch, to draw float32's pictures there")
     by.add_argument("--ours-alone", action="store_true", help="do not draw float32's")
-    by.add_argument("--float32-of", type=Path, metavar="FILE", help="nor score them: scores of "
-        "another plan, whose float32 ours is compared with as far as they go")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=256, help="captions at once there")
+    by.add_argument("--float32-of", type=Path, metavar="FILE", help="do not draw them, and take "
+        "their scores from another plan's --scores, as far as those go")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=256, help="captions at once on --device")
     parser.add_argument("--processes", type=int, default=cores())
     parser.add_argument("--json", type=Path, help="write the result for programs")
     args = parser.parse_args()
@@ -129,9 +129,10 @@ def main() -> None:
         run, chunks = _run(args, bundle, reference, plan), _chunks(bundle, first, args)
         drawn = _drawn(chunks, args, plan)
         if args.float32_of is not None:
-            drawn = _compared(drawn, first, _float32_of(args.float32_of, run["float32"]))
+            drawn = _compared(drawn, first, _float32_of(args.float32_of, run))
         with (
             suppress(KeyboardInterrupt),
+            closing(drawn),
             closing(tqdm(total=args.captions, initial=first, unit="caption")) as bar,
         ):
             for scores in _added(args.scores, run, first, drawn):
@@ -169,38 +170,41 @@ def _chunks(bundle: Bundle, first: int, args: argparse.Namespace) -> Iterator[_C
 
 def _drawn(
     chunks: Iterator[_Chunk], args: argparse.Namespace, plan: dict[str, Any]
-) -> Iterator[_Scores]:
+) -> Generator[_Scores, None, None]:
     """Yields what is found, chunk by chunk in order, until the time is over."""
     until = monotonic() + args.at_most_s
     alone = args.device is not None or args.ours_alone or args.float32_of is not None
     reference = None if alone else args.reference
     started = (args.bundle, reference, plan, args.keep)
     _Process(*started)  # says here what is missing
-    with closing(side_by_side(_compare, chunks, args.processes, _begin, *started)) as compared:
+    with closing(in_processes(_compare, chunks, args.processes, _begin, *started)) as compared:
         for found in compared:
             yield found
             if monotonic() > until:
                 return
 
 
-def _float32_of(file: Path, drawn_by: str) -> NDArray[np.float64]:
+def _float32_of(file: Path, here: dict[str, Any]) -> NDArray[np.float64]:
     """Returns (N,) scores of float32's pictures in a file; NaN where they were not drawn.
 
     Raises:
-        UsageError: There is no such file, or others drew them.
+        UsageError: There is no such file, or they are not what the run here would draw.
     """
     runs = _read(file)
     if not runs:
         raise UsageError(f"{file} has no scores")
     for run, _ in runs:
-        if run["float32"] not in (drawn_by, _NOT_DRAWN):
-            raise UsageError(f"float32's scores in {file} are of {run['float32']}, not {drawn_by}")
+        for name in ("float32", "guidance_scale", "engine"):
+            if run[name] not in (here[name], _NOT_DRAWN):
+                raise UsageError(
+                    f"float32's scores in {file} differ in {name} ({run[name]}, here {here[name]})"
+                )
     return _Scores.joined([scores for _, scores in runs]).float32
 
 
 def _compared(
     drawn: Iterable[_Scores], first: int, float32: NDArray[np.float64]
-) -> Iterator[_Scores]:
+) -> Generator[_Scores, None, None]:
     """Yields what was drawn from caption `first` on, with float32's scores where all are known."""
     for scores in drawn:
         known = float32[first : first + len(scores.ours)]
@@ -372,14 +376,14 @@ def _interval(scores: _Scores) -> dict[str, Any]:
     if not both.any():
         return {"captions": len(scores.ours), "clip_ours": float(scores.ours.mean())}
     float32, ours = scores.float32[both], scores.ours[both]
-    psnr_db = scores.psnr_db[np.isfinite(scores.psnr_db)]
+    psnr_db = float(scores.psnr_db[both].mean())
     return {
         "captions": len(ours),
         "clip_float32": float(float32.mean()),
         "clip_ours": float(ours.mean()),
         **clip_difference(ours - float32),
         "clip_delta_sd": float((ours - float32).std()),
-        **({"psnr_db": float(psnr_db.mean())} if len(psnr_db) else {}),
+        **({"psnr_db": psnr_db} if np.isfinite(psnr_db) else {}),
     }
 
 
@@ -434,6 +438,7 @@ def _run(
         "guidance_scale": bundle.manifest.defaults.guidance_scale,
         **machine_conditions(bundle.manifest.graph("denoise").backend, 1),
         "processes": args.processes,
+        **({} if args.float32_of is None else {"float32_of": str(args.float32_of)}),
         "confidence": "95 %, paired bootstrap",
     }
 

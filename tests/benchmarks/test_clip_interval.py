@@ -133,9 +133,14 @@ def test_captions_of_ours_alone_count_where_float32s_mean_is_known(scores, tmp_p
 
 def test_float32s_scores_of_another_plan_count_again(scores, tmp_path):
     file, new, nothing = tmp_path / "scores.jsonl", tmp_path / "new.jsonl", np.full(16, np.nan)
-    list(_added(file, {"float32": "graphs 1"}, 0, [part(scores, slice(32))]))
-    list(_added(file, {"float32": "not drawn"}, 32, [_Scores(nothing, scores.ours[32:], nothing)]))
-    float32 = _float32_of(file, "graphs 1")
+    run = {"float32": "graphs 1", "guidance_scale": 3.5, "engine": "xnnpack"}
+    list(_added(file, run, 0, [part(scores, slice(32))]))
+    list(
+        _added(
+            file, run | {"float32": "not drawn"}, 32, [_Scores(nothing, scores.ours[32:], nothing)]
+        )
+    )
+    float32 = _float32_of(file, run)
     alone = [_Scores(nothing, scores.ours[i : i + 16] - 1, nothing) for i in (16, 32)]
     list(_added(new, {}, 0, [part(scores, slice(16))]))
     list(_added(new, {}, 16, _compared(alone, 16, float32)))
@@ -145,10 +150,12 @@ def test_float32s_scores_of_another_plan_count_again(scores, tmp_path):
     assert two["clip_delta"] == pytest.approx(deltas.mean(), abs=1e-3)
     assert "psnr_db" in one
     assert "psnr_db" not in two
-    with pytest.raises(UsageError, match="are of graphs 1, not graphs 2"):
-        _float32_of(file, "graphs 2")
+    with pytest.raises(UsageError, match=r"differ in float32 \(graphs 1, here graphs 2\)"):
+        _float32_of(file, run | {"float32": "graphs 2"})
+    with pytest.raises(UsageError, match=r"differ in guidance_scale \(3.5, here 7.5\)"):
+        _float32_of(file, run | {"guidance_scale": 7.5})
     with pytest.raises(UsageError, match="has no scores"):
-        _float32_of(tmp_path / "gone.jsonl", "graphs 1")
+        _float32_of(tmp_path / "gone.jsonl", run)
 
 
 def test_captions_that_are_missing_or_stand_twice_are_refused(scores, tmp_path):

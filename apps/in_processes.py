@@ -14,14 +14,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def side_by_side(
+def in_processes(
     work: Callable[[Item], Result],
     items: Iterable[Item],
     processes: int,
     begin: Callable[..., None],
     *given: Any,
 ) -> Generator[Result, None, None]:
-    """Yields what the work makes of each item, in order. Closing the iterator ends the processes.
+    """Yields what the work makes of each item, in order.
+
+    Closing the iterator ends the processes, and all others that were started meanwhile.
 
     Args:
         work: Named at the top of a module, so that a process can import it; so is `begin`.
@@ -31,7 +33,7 @@ def side_by_side(
         given: What `begin` is told.
 
     Raises:
-        CQEdgeError: The work raised it, or a process was killed.
+        CQEdgeError: The work raised it, or a process was killed or could not begin.
     """
     others = {*multiprocessing.active_children()}
     context = multiprocessing.get_context("spawn")
@@ -46,7 +48,8 @@ def side_by_side(
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise CQEdgeError(
-            f"one of {processes} processes was killed: is there too little memory for so many?"
+            f"one of {processes} processes was killed or could not begin: is there too little "
+            "memory for so many? With --keep, the next run goes on from what was drawn"
         ) from None
     finally:
         for process in {*multiprocessing.active_children()} - others:

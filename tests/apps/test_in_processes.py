@@ -9,7 +9,7 @@ from multiprocessing import active_children
 
 import pytest
 
-from apps.side_by_side import side_by_side
+from apps.in_processes import in_processes
 from cq_edge.errors import CQEdgeError, UsageError
 
 _factor: int
@@ -32,37 +32,42 @@ def _work(item):
 
 
 def test_results_come_in_order_from_other_processes():
-    found = list(side_by_side(_work, range(9), 2, _begin, 3))
+    found = list(in_processes(_work, range(9), 2, _begin, 3))
     assert [value for value, _ in found] == [3 * i for i in range(9)]
     assert os.getpid() not in {process for _, process in found}
     assert not active_children()
 
 
 def test_nothing_begins_for_no_items():
-    assert list(side_by_side(_work, (), 2, _begin, 3)) == []
+    assert list(in_processes(_work, (), 2, _begin, 3)) == []
 
 
 def test_items_are_taken_as_they_are_needed():
     items = count()
-    with closing(side_by_side(_work, items, 2, _begin, 1)) as found:
+    with closing(in_processes(_work, items, 2, _begin, 1)) as found:
         assert [value for value, _ in islice(found, 3)] == [0, 1, 2]
     assert next(items) <= 8  # two a process ahead
 
 
 def test_what_the_work_raises_is_raised_here():
     with pytest.raises(UsageError, match="-1 is negative"):
-        list(side_by_side(_work, [1, -1], 2, _begin, 1))
+        list(in_processes(_work, [1, -1], 2, _begin, 1))
 
 
 def test_a_killed_process_is_an_error_and_leaves_none_waiting():
     with pytest.raises(CQEdgeError, match="one of 2 processes was killed"):
-        list(side_by_side(_work, [1, 13, 2], 2, _begin, 1))
+        list(in_processes(_work, [1, 13, 2], 2, _begin, 1))
     assert not active_children()
 
 
 def test_closing_ends_what_is_at_work():
     began = time.monotonic()
-    with closing(side_by_side(_work, [1, 100, 100, 2], 1, _begin, 1)) as found:
+    with closing(in_processes(_work, [1, 100, 100, 2], 1, _begin, 1)) as found:
         assert next(found)[0] == 1
     assert time.monotonic() - began < 60
     assert not active_children()
+
+
+def test_a_process_that_cannot_begin_is_an_error():
+    with pytest.raises(CQEdgeError, match="killed or could not begin"):
+        list(in_processes(_work, [1, 2], 2, _begin))  # which needs a factor
