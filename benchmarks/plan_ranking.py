@@ -200,6 +200,7 @@ def _plot(panels: Sequence[_Panel], counts: NDArray[np.int64], path: Path) -> No
         dots = axis.scatter(panel.predicted, panel.typical, c=counts, s=18)
         title = f"{panel.plans}\n{panel.objective}: rho {panel.rho:.3f}"
         axis.set(xscale="log", yscale="log", xlabel="predicted error", title=title)
+        axis.tick_params(axis="x", which="minor", labelrotation=90)
     axes[0].set(ylabel="typical error of the final latents")
     figure.colorbar(dots, ax=axes, label="full steps")
     figure.savefig(path, dpi=80, bbox_inches="tight")
