@@ -2,10 +2,12 @@
 
 import os
 import signal
+import sys
 import time
 from contextlib import closing
 from itertools import count, islice
 from multiprocessing import active_children
+from subprocess import PIPE, Popen
 
 import pytest
 
@@ -71,3 +73,16 @@ def test_closing_ends_what_is_at_work():
 def test_a_process_that_cannot_begin_is_an_error():
     with pytest.raises(CQEdgeError, match="killed or could not begin"):
         list(in_processes(_work, [1, 2], 2, _begin))  # which needs a factor
+
+
+def test_processes_end_when_the_one_that_waits_for_them_is_killed():
+    script = "import tests.apps.test_in_processes as t; t.tell_and_wait()"
+    with Popen([sys.executable, "-c", script], stdout=PIPE, text=True) as waiting:
+        assert waiting.stdout.readline() == "it works\n"
+        waiting.kill()
+        waiting.communicate(timeout=60)  # until nobody is left who could write there
+
+
+def tell_and_wait():
+    for _ in in_processes(_work, [1, 100], 1, _begin, 1):
+        print("it works", flush=True)
