@@ -31,7 +31,7 @@ def in_processes(
         work: Named at the top of a module, so that a process can import it; so is `begin`.
         items: Taken as they are needed, two for each process ahead.
         processes: How many.
-        begin: What each process does first. It must not fail.
+        begin: What each process does first.
         given: What `begin` is told.
 
     Raises:
