@@ -53,6 +53,8 @@ def in_processes(
             f"one of {processes} processes was killed or could not begin: is there too little "
             "memory for so many? With --keep, the next run goes on from what was drawn"
         ) from None
+    else:
+        pool.shutdown()  # all is done: each process ends by itself
     finally:
         for process in {*multiprocessing.active_children()} - others:
             process.kill()  # nobody waits for what it may be at
