@@ -54,9 +54,10 @@ evaluate: setup ## compare smaller bundles with float32 and rank plans (out/eval
 		--captions 12 --threads 1
 	$(BIN)/python -m benchmarks.forecasts $(EVALUATE)/bundle --reference $(EVALUATE)/float32 --threads 1
 
-clip-interval: setup ## add captions to the CLIP interval of the evaluated plan, run after run (docs/clip_scores.json)
+clip-interval: setup ## draw what the CLIP interval of the evaluated plan lacks, run after run (docs/clip_scores.json)
 	$(BIN)/python -m benchmarks.clip_interval $(EVALUATE)/bundle --reference $(EVALUATE)/float32 \
-		--evaluation docs/evaluation.json --scores docs/clip_scores.jsonl --json docs/clip_scores.json
+		--evaluation docs/evaluation.json --scores docs/clip_scores.jsonl --captions 15232 \
+		--ours-alone --known docs/clip_interval.json --json docs/clip_scores.json
 
 full-size: setup ## what a model of Stable Diffusion 1.5's size takes (docs/benchmarks.md; 6 GB of disk)
 	$(BIN)/python -m tools.random_pipeline sd15 out/models/sd15 --force
