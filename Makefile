@@ -54,7 +54,7 @@ evaluate: setup ## compare smaller bundles with float32 and rank plans (out/eval
 		--captions 12 --threads 1
 	$(BIN)/python -m benchmarks.forecasts $(EVALUATE)/bundle --reference $(EVALUATE)/float32 --threads 1
 
-clip-interval: setup ## draw what the CLIP interval of the evaluated plan lacks, run after run (docs/clip_scores.json)
+clip-interval: setup ## draw what docs/clip_scores.jsonl lacks of 15,232 captions, and compute its CLIP interval
 	$(BIN)/python -m benchmarks.clip_interval $(EVALUATE)/bundle --reference $(EVALUATE)/float32 \
 		--evaluation docs/evaluation.json --scores docs/clip_scores.jsonl --captions 15232 \
 		--ours-alone --known docs/clip_interval.json --json docs/clip_scores.json

@@ -8,8 +8,8 @@ machine too, goes on after the last caption that the file has. The interval is t
 runs; each run has its own beside it.
 
     python -m benchmarks.clip_interval out/evaluate/bundle --reference out/evaluate/float32 \
-        --evaluation docs/evaluation.json --scores docs/clip_scores.jsonl --captions 10000 \
-        --json docs/clip_scores.json
+        --evaluation docs/evaluation.json --scores out/clip_scores.jsonl --captions 10000 \
+        --json out/clip_scores.json
 
 With `--device cuda` the model itself draws float32's pictures, in torch, in batches.
 
